@@ -1,0 +1,55 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv. `make` lists what there is.
+
+PYTHON ?= python3
+JOBS ?= auto
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+INSTALL := $(PY) -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check install constraints clean
+
+help: ## list the targets
+	@echo 'make TARGET [PYTHON=python3.12] [JOBS=4], where TARGET is one of'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  %-12s %s\n' "$$name" "$$text"; done
+
+demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain it; results in out/demo
+	$(PY) -m analysis.decompose checkpoints/p4cnn-rotdigits.pt --form gc --rank 2 --data rotdigits \
+		--finetune 5 --out out/demo --force
+
+test: $(STAMP) ## run the tests, JOBS at a time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
+check: $(STAMP) ## lint everything and check the types of both packages
+	$(PY) -m ruff check .
+	$(PY) -m mypy gconv analysis
+
+install: $(STAMP) ## only create .venv with the versions in constraints.txt (the targets above do so by themselves)
+
+# A virtual environment that works is kept; a broken or an older one is made anew.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@rm -f $@
+	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	|| { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	     || { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: name one, as in make PYTHON=python3.12" >&2; exit 1; }; \
+	     echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(INSTALL) -c constraints.txt -e '.[dev,notebooks]'
+	@touch $@
+
+constraints: ## replace the pins in constraints.txt by the newest versions that pyproject.toml allows
+	rm -rf build/pins
+	$(PYTHON) -m venv build/pins
+	build/pins/bin/python -m pip install --disable-pip-version-check -e '.[dev,notebooks]'
+	build/pins/bin/python -m pip freeze --exclude-editable > build/pins/freeze.txt
+	sed -n '/^#/p' constraints.txt > build/pins/constraints.txt
+	sed 's/+[a-z0-9.]*$$//' build/pins/freeze.txt >> build/pins/constraints.txt
+	mv build/pins/constraints.txt constraints.txt
+	rm -rf build/pins
+
+clean: ## remove .venv, the caches and out/demo
+	rm -rf $(VENV) build out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

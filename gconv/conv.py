@@ -1,0 +1,356 @@
+"""Group-convolution layers: lifting, full and separable, with the interface of ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError
+from .functional import Sampling, Tables, expand, to_planar
+from .groups import Group
+from .groups import group as find_group
+from .separable import Execution, FilterShape, Form, check_execution, form_named
+
+_Layer = TypeVar("_Layer", bound="_GroupConv")
+
+
+class _GroupConv(nn.Module, ABC):
+    """What the layers share: arguments checked once, index tables, bias, the shapes of input and output.
+
+    The tables are non-persistent buffers: they follow the module to its device and never enter the state dict.
+    """
+
+    bias: nn.Parameter | None
+    _expansion: Tensor
+    _relative: Tensor
+    _pixels: Tensor
+    _lifting = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        group: str | Group,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = _at_least(1, "in_channels", in_channels)
+        self.out_channels = _at_least(1, "out_channels", out_channels)
+        self.kernel_size = _square(1, "kernel_size", kernel_size)
+        self.stride = _square(1, "stride", stride)
+        self.padding = _square(0, "padding", padding)
+        self.dilation = _square(1, "dilation", dilation)
+        self.group = find_group(group)
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        for name, table in self._new_tables(device)._asdict().items():
+            self.register_buffer(f"_{name}", table, persistent=False)
+        self._add_filter({"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    @abstractmethod
+    def _add_filter(self, like: dict[str, Any]) -> None:
+        """Create the parameters of the filter, on the device and with the dtype in ``like``."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+
+    @property
+    def filter_shape(self) -> FilterShape:
+        """``(O, I, S_in, k)`` of the generator."""
+        s_in = 1 if self._lifting else self.group.order
+        return FilterShape(self.out_channels, self.in_channels, s_in, self.kernel_size[0])
+
+    @property
+    def sampling(self) -> Sampling:
+        """Stride, padding and dilation, each the same along both axes."""
+        return Sampling(self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs that each output sums over: ``I S_in k k``."""
+        return math.prod(self.filter_shape[1:]) * self.kernel_size[0]
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates an output position of the convolution with the expanded filter."""
+        return self.out_channels * self.group.order * self.fan_in
+
+    def macs(self, execution: str | None = None) -> tuple[int, int]:
+        """Multiply-accumulates per position of the (input map, output map), as executed; see :func:`gconv.cost`."""
+        return 0, self.dense_macs
+
+    @property
+    def tables(self) -> Tables:
+        """The index tables of this layer's group and kernel size, on its device."""
+        return Tables(self._expansion, self._relative, self._pixels)
+
+    def _new_tables(self, device: torch.device | str | None) -> Tables:
+        return Tables.build(self.group, self.kernel_size[0], lifting=self._lifting, device=device)
+
+    def _reset_shared(self) -> None:
+        """The bias as ``nn.Conv2d`` draws it; the tables anew, as they hold nothing after ``to_empty()``."""
+        for name, table in self._new_tables(self._expansion.device)._asdict().items():
+            setattr(self, f"_{name}", table)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.fan_in)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _planar_input(self, x: Tensor) -> Tensor:
+        i, s_in = self.filter_shape[1:3]
+        if not ((x.dim() == 5 and x.shape[1:3] == (i, s_in)) or (x.dim() == 4 and s_in == 1 and x.shape[1] == i)):
+            accepted = f"[N, {i}, {s_in}, H, W]" + (f" or [N, {i}, H, W]" if s_in == 1 else "")
+            raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
+        return to_planar(x)
+
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One ordinary convolution with the expanded filter; the group axis is still folded into the channels."""
+        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        return F.conv2d(x, expand(weight, self._expansion), bias, *self.sampling)
+
+    def _with_group_axis(self, y: Tensor) -> Tensor:
+        return y.unflatten(1, (self.out_channels, self.group.order))
+
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's keywords that make a layer of the same shape, group and sampling."""
+        like = next(self.parameters())
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "bias": self.bias is not None,
+            "group": self.group,
+            "device": like.device,
+            "dtype": like.dtype,
+        }
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, group={self.group.name}, kernel_size={self.kernel_size[0]}"
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            value = getattr(self, name)[0]
+            text += "" if value == default else f", {name}={value}"
+        return text + ("" if self.bias is not None else ", bias=False")
+
+
+class _FullConv(_GroupConv):
+    """A layer with the whole generator as its ``weight``, initialised as ``nn.Conv2d`` is at the expanded width."""
+
+    weight: nn.Parameter
+
+    def _add_filter(self, like: dict[str, Any]) -> None:
+        o, i, s_in, k = self.filter_shape
+        self.weight = nn.Parameter(torch.empty(o, i, s_in, k, k, **like))
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias uniformly from ``+- 1 / sqrt(fan_in)``, fan_in counting the group axis."""
+        bound = 1 / math.sqrt(self.fan_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        self._reset_shared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output ``[N, O, S, H', W']``.
+
+        Raises:
+            InputError: the input's shape does not fit.
+        """
+        return self._with_group_axis(self._dense(self._planar_input(x), self.weight))
+
+
+class LiftingConv2d(_FullConv):
+    """From planar maps to the group: every planar kernel is applied in all its S turned copies.
+
+    Input ``[N, I, H, W]`` (or ``[N, I, 1, H, W]``), output ``[N, O, S, H', W']``; ``weight [O, I, 1, k, k]``,
+    ``bias [O]``. Arguments as ``nn.Conv2d``, square only: a pair must have equal entries, as must every quarter turn.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: k.
+        stride: exact equivariance needs ``(n + 2 padding - dilation (k - 1) - 1) % stride == 0`` on maps of size n.
+        padding: zeros added on each side.
+        dilation: distance between kernel entries.
+        bias: whether to learn an offset per channel, shared over the group axis.
+        group: one of ``gconv.GROUPS``.
+        device: where the parameters are made.
+        dtype: their type.
+
+    Raises:
+        InputError: an argument is out of range, not square, or an unknown group.
+    """
+
+    _lifting = True
+
+
+class GConv2d(_FullConv):
+    """Group convolution with the full filter: ``y[o, s] = sum_i sum_s' x[i, s'] * K_s[o, i, s'] + b[o]``.
+
+    Input ``[N, I, S, H, W]``, output ``[N, O, S, H', W']``; ``weight [O, I, S, k, k]`` and ``bias [O]`` as in GrouPy.
+    Arguments and errors as :class:`LiftingConv2d`.
+    """
+
+
+class SeparableGConv2d(_GroupConv):
+    """Group convolution with a filter of rank R in one of the separable forms (:mod:`gconv.separable`).
+
+    Input and output as :class:`GConv2d`. Parameters ``mix`` and ``spatial`` have the shapes listed in
+    :mod:`gconv.separable`; ``bias [O]``. Further arguments as :class:`LiftingConv2d`, and:
+
+    Args:
+        form: ``"g"``, ``"gc"`` or ``"gc_in"``.
+        rank: R, from 1 to ``form.max_rank(filter_shape)``.
+        execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"dense"`` builds the full filter
+            and runs one convolution. Same output to rounding. Default: the form's faster one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        group: str | Group,
+        form: str | Form = "gc",
+        rank: int = 1,
+        execution: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # Plain attributes, set first because the base class makes the parameters that depend on them.
+        self.form = form_named(form)
+        self.rank = rank
+        self.execution: Execution = check_execution(execution or self.form.default_execution)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            bias,
+            group=group,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _add_filter(self, like: dict[str, Any]) -> None:
+        self.form.check_rank(self.rank, self.filter_shape)
+        mix, spatial = self.form.factor_shapes(self.filter_shape, self.rank)
+        self.mix = nn.Parameter(torch.empty(mix, **like))
+        self.spatial = nn.Parameter(torch.empty(spatial, **like))
+
+    def reset_parameters(self) -> None:
+        """Draw the factors so that the *filter they stand for* has the variance of the full layer's.
+
+        Each factor is drawn as the convolution that it runs as would be; then both are scaled alike, so that the mean
+        square of the filter is exactly ``1 / (3 fan_in)``, the variance that ``nn.Conv2d`` draws with.
+        """
+        fan_ins = self.form.fan_ins(self.filter_shape, self.rank)
+        for factor, fan_in in zip((self.mix, self.spatial), fan_ins, strict=True):
+            nn.init.uniform_(factor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        with torch.no_grad():
+            scale = (3 * self.fan_in * self.weight.square().mean()) ** -0.25
+            self.mix.mul_(scale)
+            self.spatial.mul_(scale)
+        self._reset_shared()
+
+    @property
+    def weight(self) -> Tensor:
+        """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
+        return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output ``[N, O, S, H', W']``.
+
+        Raises:
+            InputError: the input's shape does not fit.
+        """
+        x = self._planar_input(x)
+        if self.execution == "dense":
+            return self._with_group_axis(self._dense(x, self.weight))
+        y = self._with_group_axis(self.form.convolve(x, self.mix, self.spatial, self.tables, self.sampling))
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1, 1)
+
+    def macs(self, execution: str | None = None) -> tuple[int, int]:
+        """As in the base class, under this ``execution`` or, by default, the layer's own."""
+        if (execution or self.execution) == "dense":
+            return super().macs()
+        mix, spatial = self.form.macs(self.filter_shape, self.rank)
+        return (0, mix + spatial) if self.form.spatial_first else (mix, spatial)
+
+    def to_dense(self) -> GConv2d:
+        """The full layer with the same output; its parameters are copies."""
+        full = GConv2d(**self._settings())
+        return _copy_into(full, self, weight=self.weight)
+
+    @staticmethod
+    def like(
+        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
+    ) -> SeparableGConv2d:
+        """A new, randomly initialised layer of the same shape, group and sampling as ``layer``."""
+        return SeparableGConv2d(**layer._settings(), form=form, rank=rank, execution=execution)
+
+    @staticmethod
+    def from_dense(
+        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
+    ) -> SeparableGConv2d:
+        """The best rank-R approximation of a layer in this form (Frobenius norm, SVD in float64); exact at full rank.
+
+        Args:
+            layer: a full layer, or a separable one to be factored anew.
+            form: the form to use.
+            rank: R.
+            execution: as in the constructor.
+
+        Raises:
+            InputError: the rank is out of range, or the layer's weight is not finite.
+        """
+        separable = SeparableGConv2d.like(layer, form, rank, execution)
+        mix, spatial = separable.form.factor(layer.weight, rank, layer._pixels)
+        return _copy_into(separable, layer, mix=mix, spatial=spatial)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form.name}, rank={self.rank}, execution={self.execution}"
+
+
+def _copy_into(target: _Layer, source: _GroupConv, **parameters: Tensor) -> _Layer:
+    """Give ``target`` these parameters, and the bias and mode of ``source``."""
+    with torch.no_grad():
+        for name, value in parameters.items():
+            getattr(target, name).copy_(value)
+        if target.bias is not None and source.bias is not None:
+            target.bias.copy_(source.bias)
+    return target.train(source.training)
+
+
+def _at_least(low: int, name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name} is {value!r}; accepted: a whole number of at least {low}")
+    return value
+
+
+def _square(low: int, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """An int or a pair of equal ints, as a pair."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or pair[0] != pair[1]:
+        raise InputError(f"{name} is {value!r}; accepted: a whole number, or a pair of equal ones (square only)")
+    size = _at_least(low, name, pair[0])
+    return size, size

@@ -1,0 +1,109 @@
+"""Group convolution as functions of tensors: expand the generator, convolve, act on maps.
+
+Shapes throughout: a feature map is ``[N, C, S, H, W]`` with S = |H|, a planar map ``[N, C, H, W]``; a generator is
+``[O, I, S_in, k, k]``. In the planar layout that convolutions see, channel c and element s become channel ``c S + s``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .groups import Group, group
+
+
+class Tables(NamedTuple):
+    """The index tables of one group and kernel size as flat tensors on one device (meanings in :mod:`gconv.groups`).
+
+    Attributes:
+        expansion: ``[S S_in k k]``, where each entry of an expanded filter lies in its generator ``[S_in k k]``.
+        relative: ``[S S]``, the index of ``s^-1 s'``.
+        pixels: ``[S k k]``, the index of pixel ``s^-1 y``.
+    """
+
+    expansion: Tensor
+    relative: Tensor
+    pixels: Tensor
+
+    @classmethod
+    def build(cls, of: Group, k: int, *, lifting: bool = False, device: torch.device | str | None = None) -> Tables:
+        """The tables for kernels of size k x k; ``lifting`` for filters on planar maps (``S_in = 1``)."""
+        arrays = of.expansion_table(k, lifting=lifting), of.relative_table(), of.pixel_table(k)
+        return cls(*(torch.tensor(array.ravel(), device=device) for array in arrays))
+
+
+class Sampling(NamedTuple):
+    """How a convolution samples the plane; the same along both axes."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+def expand(weight: Tensor, expansion: Tensor) -> Tensor:
+    """The dense filter of a generator: ``K_s[o, i, s', y] = K[o, i, s^-1 s', s^-1 y]``.
+
+    Args:
+        weight: generator ``[O, I, S_in, k, k]``.
+        expansion: the index table of that name in :class:`Tables`.
+
+    Returns:
+        ``[O S, I S_in, k, k]``, a filter for an ordinary convolution over the planar layout.
+    """
+    o, i, s_in, k, _ = weight.shape
+    s = expansion.numel() // (s_in * k * k)
+    expanded = weight.reshape(o * i, s_in * k * k).index_select(1, expansion)
+    return expanded.view(o, i, s, s_in, k, k).transpose(1, 2).reshape(o * s, i * s_in, k, k)
+
+
+def to_planar(x: Tensor) -> Tensor:
+    """``[N, C, S, H, W]`` to ``[N, C S, H, W]``; a planar map passes through."""
+    return x.flatten(1, 2) if x.dim() == 5 else x
+
+
+def gconv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    on: str | Group = "p4",
+    sampling: Sampling = Sampling(),
+) -> Tensor:
+    """Group convolution ``y[o, s] = sum_i sum_s' x[i, s'] * K_s[o, i, s'] + b[o]``, from its definition.
+
+    Args:
+        x: ``[N, I, S, H, W]``, or ``[N, I, H, W]`` for a lifting filter (``S_in = 1``).
+        weight: generator ``[O, I, S_in, k, k]``.
+        bias: ``[O]`` or None; shared over the group axis, or the result would not be equivariant.
+        on: the group.
+        sampling: stride, padding and dilation.
+
+    Returns:
+        ``[N, O, S, H', W']``.
+    """
+    on = group(on)
+    tables = Tables.build(on, weight.shape[-1], lifting=weight.shape[2] == 1, device=weight.device)
+    shared = None if bias is None else bias.repeat_interleave(on.order)
+    y = F.conv2d(to_planar(x), expand(weight, tables.expansion), shared, *sampling)
+    return y.unflatten(1, (weight.shape[0], on.order))
+
+
+def act(on: str | Group, element: int, x: Tensor) -> Tensor:
+    """The group's action on a map: ``(g x)[c, s](p) = x[c, g^-1 s](g^-1 p)``; on planar maps only the pixels move.
+
+    Args:
+        on: the group.
+        element: index of g in it.
+        x: ``[N, C, S, H, W]`` or ``[N, C, H, W]``; H and W may differ (a quarter turn then exchanges them). A tensor
+            of fewer dimensions (class scores) is taken as invariant and comes back as it is.
+    """
+    on = group(on)
+    if x.dim() < 4:
+        return x
+    if x.dim() == 5:
+        x = x[:, :, torch.tensor(on.product[on.inverse[element]], device=x.device)]
+    flips, turns = divmod(on.elements[element], 4)
+    x = torch.rot90(x, turns, (-2, -1))
+    return x.flip(-2) if flips else x
