@@ -54,8 +54,9 @@ def save(
         "record": record or {},
         "resume": resume,
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    # An open file, because from a path PyTorch takes the name of its archive, and the temporary one is random.
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load(path: str | Path) -> Model:
@@ -86,7 +87,7 @@ def read(path: str | Path) -> Checkpoint:
         model.load_state_dict(content["state_dict"])
         record, resume = dict(content["record"]), content["resume"]
     except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} is inconsistent: {error}") from error
+        raise InputError(f"{path} is inconsistent: {' '.join(str(error).split())}") from error
     check_finite(model.state_dict(), path)
     return Checkpoint(model.eval(), record, resume)
 
@@ -98,16 +99,18 @@ def read_plain(path: str | Path) -> Any:
         InputError: there is no such file, it is damaged, or it holds anything but plain data.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; accepted: a checkpoint file")
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
     try:
-        # PyTorch does not verify the checksums in its own files; a flipped bit in a weight would pass unseen.
+        if path.is_dir():
+            raise InputError(f"{path} is a directory; accepted: a checkpoint file")
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        # PyTorch does not verify the checksums in its own files; a flipped bit in a weight would pass unseen. Nor does
+        # it object to an entry marked as a directory, which it then does not read. It writes them stored and unmarked.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            marked = (entry.filename for entry in archive.infolist() if entry.compress_type or entry.external_attr)
+            damaged = next(marked, None) or archive.testzip()
         if damaged is not None:
-            raise InputError(f"{path} is damaged: the checksum of {damaged} does not match")
+            raise InputError(f"{path} is damaged: its entry {damaged} is not as it was written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise

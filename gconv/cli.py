@@ -43,7 +43,7 @@ def run(prog: str, command: Callable[[], None]) -> int:
 
 
 def number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Callable[[str], int | float]:
-    """An argparse type: a whole or real number within ``[low, high]``."""
+    """An argparse type: a whole or finite real number within ``[low, high]``."""
     noun = "a whole number" if kind is int else "a number"
     span = f"of at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
 
@@ -52,7 +52,7 @@ def number(kind: type[int] | type[float], low: float, high: float = float("inf")
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not low <= value <= high or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {span}")
         return value
 

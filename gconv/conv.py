@@ -263,6 +263,7 @@ class SeparableGConv2d(_GroupConv):
         Each factor is drawn as the convolution that it runs as would be; then both are scaled alike, so that the mean
         square of the filter is exactly ``1 / (3 fan_in)``, the variance that ``nn.Conv2d`` draws with.
         """
+        self._reset_shared()  # first: after to_empty() there are no tables, and a filter is built below
         fan_ins = self.form.fan_ins(self.filter_shape, self.rank)
         for factor, fan_in in zip((self.mix, self.spatial), fan_ins, strict=True):
             nn.init.uniform_(factor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
@@ -270,7 +271,6 @@ class SeparableGConv2d(_GroupConv):
             scale = (3 * self.fan_in * self.weight.square().mean()) ** -0.25
             self.mix.mul_(scale)
             self.spatial.mul_(scale)
-        self._reset_shared()
 
     @property
     def weight(self) -> Tensor:
@@ -349,7 +349,7 @@ def _at_least(low: int, name: str, value: object) -> int:
 
 def _square(low: int, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """An int or a pair of equal ints, as a pair."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or pair[0] != pair[1]:
         raise InputError(f"{name} is {value!r}; accepted: a whole number, or a pair of equal ones (square only)")
     size = _at_least(low, name, pair[0])

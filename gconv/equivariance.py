@@ -95,9 +95,9 @@ def equivariance_error(module: nn.Module, group: str | Group, input: Tensor) -> 
     inexact = []
     for name, size in sampled.items():
         layer = strided[name]
-        reversed_axes = of.reversed_axes()
-        if any(flips and _left_over(layer, n) for flips, n in zip(reversed_axes, size, strict=True)):
-            inexact.append(InexactLayer(name, size, _first(layer.stride), _exact_sizes(layer, min(size))))
+        at_fault = [n for flips, n in zip(of.reversed_axes(), size, strict=True) if flips and _left_over(layer, n)]
+        if at_fault:
+            inexact.append(InexactLayer(name, size, _first(layer.stride), _exact_sizes(layer, at_fault[0])))
     with torch.no_grad():
         errors = tuple(_relative(module(act(of, g, input)), _acted(of, g, reference)) for g in range(of.order))
     return EquivarianceReport(errors, tuple(inexact))

@@ -49,7 +49,11 @@ def check_output(path: str | Path, *, force: bool) -> Path:
         InputError: something is there and ``force`` is False, or the nearest existing folder cannot be written to.
     """
     path = Path(path)
-    if path.exists() and not force:
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    if exists and not force:
         raise InputError(f"{path} exists; choose another output or replace it with --force")
     parent = path.parent
     while not parent.exists():

@@ -46,9 +46,16 @@ class ModelSpec:
 class Model(nn.Module):
     """A network that knows the spec it was built from."""
 
+    image_size: int
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """One image ``(in_channels, H, W)`` at the published size."""
+        return self.spec.in_channels, self.image_size, self.image_size
 
     def _conv(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> nn.Module:
         """A convolution from group maps to group maps, in the form that the spec asks for."""
@@ -81,6 +88,8 @@ class CNN(Model):
     the second; maps 28-26-24-12-10-8-6-4-1. Then the maximum over the group axis and one linear layer: the class
     scores are invariant under the group. Input ``[N, in_channels, 28, 28]``, output ``[N, classes]``.
     """
+
+    image_size = 28
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -127,6 +136,8 @@ class ResNet44(Model):
     exactly equivariant on even maps (32 and 16 here), and its linear head reads ``channels x |H|`` features, so the
     class scores are not invariant. Input ``[N, in_channels, H, W]``, output ``[N, classes]``.
     """
+
+    image_size = 32
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--separable", metavar="FORM", help="separable layers of this form: g, gc, gc_in")
     p.add_argument("--width", type=number(int, 1), help="channels (of a ResNet's first stage), default as published")
     p.add_argument("--epochs", type=number(int, 0), help="default 50")
-    p.add_argument("--seed", type=number(int, 0), help="of initialisation and data order, default 0")
+    p.add_argument("--seed", type=number(int, 0, 10**9), help="of initialisation and data order, default 0")
     p.add_argument("--batch-size", type=number(int, 1), help="default 256")
     p.add_argument("--lr", type=number(float, 0), help="learning rate, default 0.01")
     p.add_argument("--weight-decay", type=number(float, 0), help="default 1e-5")
@@ -94,8 +94,14 @@ def _command(args: argparse.Namespace) -> None:
         default = Path(args.resume).stem + "-retrained" if args.resume else model.spec.name
         out = check_output(args.out or f"{default}-{record['dataset']}-seed{seed}.pt", force=args.force)
         record["snapshots"] = _snapshot_epochs(args.snapshots, epochs)
+        if record["snapshots"]:
+            if not out.suffix:
+                raise InputError(f"--snapshots go to the folder named as --out without suffix; {out} has none to lose")
+            check_output(out.with_suffix(""), force=args.force)
         record["trained_on"] = "train and validation" if args.all_data else "train"
 
+    if out.is_dir():
+        raise InputError(f"cannot write {out}: it is a directory")
     data = load_dataset(args.dataset)
     if model.spec.in_channels != data.train.images.shape[1] or model.spec.classes != data.classes:
         raise InputError(

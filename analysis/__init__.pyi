@@ -1,0 +1,9 @@
+from .banks import FilterBank as FilterBank
+from .banks import filter_banks as filter_banks
+from .batchnorm import reestimate_batchnorm as reestimate_batchnorm
+from .conversion import convert as convert
+from .conversion import to_dense as to_dense
+from .report import ConversionReport as ConversionReport
+from .report import LayerReport as LayerReport
+from .spectra import block_energies as block_energies
+from .spectra import explained_energy as explained_energy
