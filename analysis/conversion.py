@@ -50,7 +50,7 @@ def convert(
         data: training images with labels, a :class:`gconv.Split` or a loader of batches: batch norm is re-estimated
             on them, and fine-tuning learns from them.
         test: images on which the error is reported at every stage. Nothing is chosen by them.
-        finetune: epochs of further training, at a tenth of the published learning rate; needs ``data``.
+        finetune: epochs of further training at the rate that the published recipe ends on; needs ``data``.
         seed: of the fine-tuning's data order and of the random images in the report.
         input_shape: of one image; by default the model's own or that of ``data``.
 
@@ -122,7 +122,7 @@ def _recover(
 
     def score(stage: str, network: nn.Module) -> None:
         if test is not None:
-            stages[stage] = evaluate(network, test).error
+            stages[stage] = evaluate(network, test, label=f"testing ({stage})").error
 
     if test is None:
         report.notes.append("accuracy was not measured: there are no test images")
@@ -136,7 +136,8 @@ def _recover(
     reestimate_batchnorm(after, train.images)
     score("batch_norm", after)
     if finetune:
-        recipe = Recipe(finetune, learning_rate=Recipe.learning_rate / 10, decay_epoch=round(0.8 * finetune))
+        # The rate that the published recipe ends on: a larger one undoes a conversion that lost little.
+        recipe = Recipe(finetune, learning_rate=Recipe.learning_rate / 10, decay_epoch=finetune)
         fit(after, train, recipe, seed=seed, label="fine-tuning")
         stages["finetune_recipe"] = recipe.to_dict()
         score("finetuned", after.eval())

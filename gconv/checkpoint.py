@@ -84,6 +84,7 @@ def read(path: str | Path) -> Checkpoint:
         spec = ModelSpec(**{**content["model"], "widths": tuple(content["model"]["widths"])})
         model = build_model(spec)
         apply_choices(model, content["layers"])
+        model.to(content["state_dict"]["fc.weight"].dtype)  # or float64 weights would be rounded
         model.load_state_dict(content["state_dict"])
         record, resume = dict(content["record"]), content["resume"]
     except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -21,9 +21,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         InputError: the folder cannot be made or written to, or ``path`` is a folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a directory")
     try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     except OSError as error:

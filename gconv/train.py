@@ -138,7 +138,7 @@ def _command(args: argparse.Namespace) -> None:
         after_epoch=after_epoch,
         label=f"{model.spec.name} on {data.name}",
     )
-    test = evaluate(model, data.test)
+    test = evaluate(model, data.test, label="testing")
     record |= {"test_error": test.error, "test_loss": test.loss, "test_images": test.images}
     checkpoint.save(model, out, record=record)
     if args.json:

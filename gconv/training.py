@@ -61,8 +61,14 @@ class Score:
     images: int
 
 
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500) -> Score:
+def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: str | None = None) -> Score:
     """Loss and error in eval mode, on the model's device; the mode is put back afterwards.
+
+    Args:
+        model: a classifier.
+        split: images and labels.
+        batch_size: images at a time.
+        label: what a progress bar on stderr calls the work; none is shown without it.
 
     Raises:
         InputError: there are no images.
@@ -75,7 +81,8 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500) -> Score:
     model.eval()
     loss = wrong = 0.0
     with torch.inference_mode():
-        for start in range(0, count, batch_size):
+        hide = True if label is None else None  # None: hidden where stderr is not a terminal
+        for start in tqdm(range(0, count, batch_size), desc=label, disable=hide, leave=False, unit="batch"):
             labels = split.labels[start : start + batch_size].to(device)
             scores = model(split.images[start : start + batch_size].to(device))
             loss += F.cross_entropy(scores, labels, reduction="sum").item()

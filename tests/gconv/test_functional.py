@@ -11,7 +11,7 @@ from gconv.functional import Sampling, Tables, expand, to_planar
 
 PICTURE = torch.arange(9).view(3, 3)
 
-every_group = pytest.mark.parametrize("on", map(group, GROUPS), ids=str)
+every_group = pytest.mark.parametrize("on", [group(name) for name in GROUPS], ids=str)
 sizes = st.integers(1, 5)
 channels = st.integers(1, 3)
 samplings = st.builds(Sampling, stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2))

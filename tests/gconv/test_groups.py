@@ -13,7 +13,7 @@ from gconv import GROUPS, InputError, group
 ORDERS = {"z2": 1, "p2": 2, "p4": 4, "pm": 2, "pmm": 4, "p4m": 8}
 PICTURE = np.arange(9).reshape(3, 3)
 
-every_group = pytest.mark.parametrize("of", map(group, GROUPS), ids=str)
+every_group = pytest.mark.parametrize("of", [group(name) for name in GROUPS], ids=str)
 
 
 def turned(of, s, image):

@@ -59,7 +59,7 @@ def pixels(on, k):
 
 def folded(name, on, weight):
     """The blocks of a filter, one entry of the block index and one row after the other."""
-    o, i, s, k, _ = weight.shape
+    o, i, s, *_ = weight.shape
     if name == "g":
         blocks = [[weight[a, b, t] for t in range(s)] for a in range(o) for b in range(i)]
     elif name == "gc":
@@ -194,7 +194,8 @@ def test_ranks_parameters_and_macs_are_these_formulas(name, largest, parameters,
     assert form.parameters(shape, rank) == parameters(*shape, rank)
     assert form.parameters(shape, rank) == sum(factor.numel() for factor in drawn_factors(form, shape, rank))
     assert form.macs(shape, rank) == macs(*shape, rank)
-    assert form.macs(shape, rank) == tuple(map(math.prod, zip(outputs(*shape[:3], rank), form.fan_ins(shape, rank))))
+    computed = zip(outputs(*shape[:3], rank), form.fan_ins(shape, rank), strict=True)
+    assert form.macs(shape, rank) == tuple(map(math.prod, computed))
 
 
 @given(on=groups, k=ks)
