@@ -18,8 +18,8 @@ help: ## list the targets
 		printf '  %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain it; results in out/demo
-	$(PY) -m analysis.decompose checkpoints/p4cnn-rotdigits.pt --form gc --rank 2 --data rotdigits \
-		--finetune 5 --out out/demo --force
+	$(PY) -m analysis.decompose checkpoints/p4cnn-rotdigits.pt --rank 2 --data rotdigits --finetune 10 \
+		--out out/demo --force
 
 test: $(STAMP) ## run the tests, JOBS at a time
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile

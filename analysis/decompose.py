@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "separable network: the best factors of each layer by SVD; where --data is given, batch norm is\n"
         "re-estimated and the error reported at every stage. Writes converted.pt, report.json and spectra.png.",
         "  python -m analysis.decompose checkpoints/p4cnn-rotdigits.pt\n"
-        "  python -m analysis.decompose checkpoints/p4cnn-rotdigits.pt --rank 2 --data rotdigits --finetune 5\n"
+        "  python -m analysis.decompose checkpoints/p4cnn-rotdigits.pt --rank 2 --data rotdigits --finetune 10\n"
         "  python -m analysis.decompose net.pt --energy 0.9 --data rotmnist-regen --out small\n"
         "  python -m analysis.decompose small/converted.pt --form gc --rank 1 --json    (convert again)\n"
         "  python -m gconv.train rotdigits --resume small/converted.pt --epochs 20      (retrain)",

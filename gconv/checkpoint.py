@@ -36,9 +36,21 @@ class Checkpoint:
 
 
 def save(
-    model: Model, path: str | Path, *, record: dict[str, Any] | None = None, resume: dict[str, Any] | None = None
+    model: Model,
+    path: str | Path,
+    *,
+    record: dict[str, Any] | None = None,
+    resume: dict[str, Any] | None = None,
+    half: bool = False,
 ) -> None:
-    """Write a network as one file (see :class:`Checkpoint` for ``record`` and ``resume``), atomically.
+    """Write a network as one file, atomically.
+
+    Args:
+        model: a network of :func:`gconv.create_model`, converted or not.
+        path: the file; one that is there is replaced.
+        record: how the network came about, as plain data.
+        resume: what an unfinished training run needs to continue.
+        half: store the weights in half precision (11 significant bits), for snapshots that are only to be looked at.
 
     Raises:
         InputError: the network was not made by this package's models, or the path cannot be written.
@@ -50,13 +62,18 @@ def save(
         "version": VERSION,
         "model": model.spec.to_dict(),
         "layers": layer_choices(model),
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "state_dict": {name: _stored(tensor, half) for name, tensor in model.state_dict().items()},
         "record": record or {},
         "resume": resume,
     }
     # An open file, because from a path PyTorch takes the name of its archive, and the temporary one is random.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
+
+
+def _stored(tensor: Tensor, half: bool) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.half() if half and tensor.is_floating_point() else tensor
 
 
 def load(path: str | Path) -> Model:

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=number(float, 0), help="learning rate, default 0.01")
     p.add_argument("--weight-decay", type=number(float, 0), help="default 1e-5")
     p.add_argument("--all-data", action="store_true", default=None, help="train on the validation part too")
-    p.add_argument("--snapshots", metavar="E,E,…", help="also keep the network after these epochs (0: before training)")
+    p.add_argument("--snapshots", metavar="E,E,…", help="also keep the network after these epochs, in half precision")
     p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     p.add_argument("--resume", metavar="CKPT", help="start from this checkpoint")
     p.add_argument("--out", metavar="FILE", help="default: MODEL-DATASET-seedS.pt, or the file that continues")
@@ -119,7 +119,7 @@ def _command(args: argparse.Namespace) -> None:
     def snapshot(epoch: int) -> None:
         if epoch in record["snapshots"]:
             path = out.with_suffix("") / f"epoch-{epoch:03d}.pt"
-            checkpoint.save(model, path, record={**record, "epoch": epoch})
+            checkpoint.save(model, path, record={**record, "epoch": epoch}, half=True)
 
     def after_epoch(row: dict[str, Any], state: dict[str, Any]) -> None:
         record["history"].append(row)
