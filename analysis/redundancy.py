@@ -1,0 +1,187 @@
+"""``python -m analysis.redundancy``: how redundant the filters of a network are, beside what chance gives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
+
+from gconv.cli import Parser, main_args, number, run
+from gconv.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .table import Redundancy
+
+PROG = "python -m analysis.redundancy"
+
+# What the screen shows of the table: heading, measure, part, rank.
+_SHOWN = (
+    ("g", "explained_energy", "g", 1),
+    ("gc", "explained_energy", "gc", 1),
+    ("gc_in", "explained_energy", "gc_in", 1),
+    ("effective rank\nof space", "effective_rank", "space", None),
+    ("of output\nchannels", "effective_rank", "out", None),
+    ("invariance\nas stored", "invariance", "average", None),
+    ("invariance\nturned back", "invariance_turned", "average", None),
+)
+# A terminal tells its own width; in a file or a pipe the table must not be folded at 80 columns.
+_WIDTH_ELSEWHERE = 160
+
+
+class _Callable(ModuleType):
+    """A module that is called as its function.
+
+    The function ``analysis.redundancy`` and this command share a name, and importing a submodule puts it into its
+    package under that name. Called, the module does what the function does, whichever of the two was imported first.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Redundancy:
+        from .table import redundancy
+
+        return redundancy(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    p = Parser(
+        PROG,
+        "Measure how redundant the filters of a network are, along space, the group axis and channels, beside the same\n"
+        "measures on filters drawn from the layer's initialisation and on the trained entries in random order. FILE is\n"
+        "a checkpoint of this project, or a state dict (.pt, .pth, .safetensors) of a plain, GrouPy or exported group\n"
+        "network. Several FILEs are snapshots of one training run; then the measures are shown against the epoch.",
+        "  python -m analysis.redundancy checkpoints/p4cnn-rotmnist-regen.pt\n"
+        "  python -m analysis.redundancy checkpoints/p4cnn-rotmnist-regen/epoch-*.pt --csv trace.csv\n"
+        "  python -m analysis.redundancy weights.safetensors --group p4m --json > redundancy.json",
+    )
+    p.add_argument("files", metavar="FILE", nargs="+", help="a checkpoint or a state dict; several: snapshots of a run")
+    p.add_argument("--group", metavar="G", help="the group of a network that does not say it: z2, p2, p4, pm, pmm, p4m")
+    p.add_argument("--draws", type=number(int, 0), default=20, metavar="D", help="draws of each null, default 20; 0: none")
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="S", help="of the nulls, default 0")
+    p.add_argument("--csv", metavar="OUT", help="write the whole table here")
+    p.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    p.add_argument("--json", action="store_true", help="print the whole table as JSON on stdout, all else on stderr")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    args = parser().parse_args(main_args(argv))
+    return run(PROG, lambda: _command(args))
+
+
+def _command(args: argparse.Namespace) -> None:
+    # What the user typed is checked before anything slow is imported or read.
+    if args.draws == 1:
+        raise InputError("--draws is 1; accepted: at least 2, or 0 for no nulls")
+    if args.group is not None and len(args.files) > 1:
+        raise InputError("--group is for one FILE; several are snapshots, whose records say their group")
+
+    from gconv.files import check_output
+
+    from .table import redundancy, redundancy_over_epochs
+
+    out = None if args.csv is None else check_output(args.csv, force=args.force)
+    if len(args.files) > 1:
+        table = redundancy_over_epochs(args.files, draws=args.draws, seed=args.seed)
+    else:
+        table = redundancy(args.files[0], group=args.group, draws=args.draws, seed=args.seed)
+    if out is not None:
+        table.to_csv(out)
+    print_redundancy(table, file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        json.dump({"files": args.files, **table.to_dict()}, sys.stdout, indent=2, allow_nan=False)
+        print()
+    elif out is not None:
+        print(f"written: {out}")
+
+
+def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
+    """Print the main measures of each layer, or against the epoch, and what was left out.
+
+    Args:
+        table: the table.
+        file: an open text stream.
+    """
+    from rich.console import Console
+
+    console = Console(file=file, width=None if file.isatty() else _WIDTH_ELSEWHERE, highlight=False, markup=False)
+    for picture in _against_epoch(table) if table.rows and "epoch" in table.rows[0] else _per_layer(table):
+        console.print(picture)
+    if not table.rows:
+        console.print("there are no convolutions to measure")
+    elif table.draws:
+        console.print(
+            f"In brackets: mean of {table.draws} filters drawn from the initialisation, and how many standard deviations "
+            "of these the value is away."
+        )
+    for note in (table.inferred, *(f"skipped {layer.name}: {layer.reason}" for layer in table.skipped)):
+        if note is not None:
+            console.print(f"note: {note}", style="dim")
+
+
+def _per_layer(table: Redundancy) -> list[Table]:
+    found = {(row["layer"], row["measure"], row["part"], row["rank"]): row for row in table.rows}
+    layers = {row["layer"]: row for row in table.rows}
+    shown = [column for column in _SHOWN if any((layer, *column[1:]) in found for layer in layers)]
+    picture = _picture("explained energy at rank 1 in each form, and others", "layer", "filter", *(c[0] for c in shown))
+    for name, row in layers.items():
+        cells = (_cell(found.get((name, *column[1:]))) for column in shown)
+        picture.add_row(name, _filter(row), *cells)
+    return [picture] if layers else []
+
+
+def _against_epoch(table: Redundancy) -> list[Table]:
+    """The whole network's measures, a row for each epoch; then the first of them, a row for each layer."""
+    found = {(row["epoch"], row["layer"], row["measure"], row["part"], row["rank"]): row for row in table.rows}
+    epochs = list(dict.fromkeys(row["epoch"] for row in table.rows))
+    layers = {row["layer"]: row for row in table.rows}
+    network = list(layers)[-1]
+    shown = [column for column in _SHOWN if any((epoch, network, *column[1:]) in found for epoch in epochs)]
+    whole = _picture("whole network: explained energy at rank 1, and others", "epoch", *(c[0] for c in shown))
+    for epoch in epochs:
+        whole.add_row(str(epoch), *(_cell(found.get((epoch, network, *column[1:]))) for column in shown))
+    pictures = [whole]
+    for heading, *key in shown[:1]:
+        title = f"{heading}, by layer and epoch"
+        picture = _picture(title, "layer", "filter", *map(str, epochs))
+        for name, row in layers.items():
+            picture.add_row(name, _filter(row), *(_cell(found.get((epoch, name, *key))) for epoch in epochs))
+        pictures.append(picture)
+    return pictures
+
+
+def _picture(title: str, first: str, *headings: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    picture = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    picture.add_column(first, no_wrap=True)
+    for heading in headings:
+        picture.add_column(heading)
+    return picture
+
+
+def _filter(row: dict[str, Any]) -> str:
+    if row["depth"] is None:
+        return row["group"] or ""
+    return f"{row['group']} {row['kind']} {row['out_channels']}x{row['in_channels']}, k={row['kernel_size']}"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    mean, z = row["init_mean"], row["init_z"]
+    null = "" if mean != mean else f" ({mean:.2f})" if z != z else f" ({mean:.2f}, {z:+.0f})"
+    return f"{row['value']:.2f}{null}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Training is repeatable to the bit, also across an interruption, and does what its recipe says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gconv.checkpoint import read, save
+from gconv.data import Split
+from gconv.errors import InputError
+from gconv.models import Model, create_model
+from gconv.training import Recipe, environment, evaluate, fit, pick_device
+
+SHORT = Recipe(epochs=4, batch_size=10, decay_epoch=3)
+
+
+class Stopped(Exception):
+    pass
+
+
+def pictures(count: int, seed: int = 0) -> Split:
+    """Noise, brighter for the higher of ten labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 10
+    return Split(torch.rand(count, 1, 28, 28, generator=generator) * (labels.view(-1, 1, 1, 1) + 1) / 10, labels)
+
+
+TRAIN, VALIDATION = pictures(24), pictures(7, seed=1)
+
+
+def network() -> Model:
+    torch.manual_seed(0)
+    return create_model("p4cnn", width=2)
+
+
+def state(model: Model) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def trained(seed: int, **options: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    model = network()
+    history = fit(model, TRAIN, SHORT, seed=seed, **options)
+    return state(model), timeless(history)
+
+
+# --- repeatable
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_else_was_drawn():
+    weights, history = trained(3)
+    torch.rand(17)
+    again, history_again = trained(3)
+    assert equal(weights, again)
+    assert history == history_again
+
+
+def test_another_seed_gives_other_weights():
+    assert not equal(trained(3)[0], trained(4)[0])
+
+
+def test_scoring_a_validation_set_changes_nothing():
+    assert equal(trained(3)[0], trained(3, validation=VALIDATION)[0])
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_an_interrupted_run_continues_to_the_bit(tmp_path, epoch):
+    """Stopped after any epoch, before or after the rate falls, and continued from the file in another network."""
+    rows = []
+
+    def stop(row: dict[str, Any], resume: dict[str, Any]) -> None:
+        rows.append(row)
+        if row["epoch"] == epoch:
+            save(model, tmp_path / "stopped.pt", resume=resume)
+            raise Stopped
+
+    model = network()
+    with pytest.raises(Stopped):
+        fit(model, TRAIN, SHORT, seed=3, validation=VALIDATION, after_epoch=stop)
+    torch.manual_seed(99)
+    stopped = read(tmp_path / "stopped.pt")
+    assert not equal(state(stopped.model), trained(3)[0])
+    rows += fit(stopped.model, TRAIN, SHORT, seed=3, validation=VALIDATION, resume=stopped.resume)
+    weights, history = trained(3, validation=VALIDATION)
+    assert equal(state(stopped.model), weights)
+    assert timeless(rows) == history
+
+
+def test_nothing_is_left_to_do_after_the_last_epoch():
+    states = []
+    model = network()
+    fit(model, TRAIN, SHORT, seed=3, after_epoch=lambda row, resume: states.append(copy.deepcopy(resume)))
+    weights = state(model)
+    assert fit(model, TRAIN, SHORT, seed=3, resume=states[-1]) == []
+    assert equal(state(model), weights)
+
+
+# --- as the recipe says
+
+
+def test_the_default_recipe_is_the_published_one():
+    recipe = Recipe()
+    assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (50, 256, 1e-5)
+    assert [recipe.rate(epoch) for epoch in (0, 39)] == [1e-2, 1e-2]
+    assert [recipe.rate(epoch) for epoch in (40, 49)] == pytest.approx([1e-3, 1e-3], rel=1e-12)
+
+
+def test_a_recipe_is_plain_data_and_back():
+    recipe = Recipe(3, 7, 0.5, 0.25, 2)
+    described = recipe.to_dict()
+    assert described == {
+        "optimizer": "adam",
+        "epochs": 3,
+        "batch_size": 7,
+        "learning_rate": 0.5,
+        "weight_decay": 0.25,
+        "decay_epoch": 2,
+    }
+    assert Recipe.from_dict(described) == recipe
+
+
+def test_fit_is_adam_with_one_step_down_on_every_image_once_an_epoch():
+    """Against a loop written out with PyTorch's own scheduler, and images counted as the network sees them."""
+    seen: list[Tensor] = []
+    model = network()
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    recipe = Recipe(epochs=3, batch_size=10, learning_rate=3e-3, weight_decay=0.1, decay_epoch=2)
+    history = fit(model, TRAIN, recipe, seed=5)
+    hook.remove()
+    assert [len(batch) for batch in seen] == [10, 10, 4] * 3
+    orders = [find(batch) for batch in seen]
+    assert all(sorted(torch.cat(orders[i : i + 3]).tolist()) == list(range(24)) for i in (0, 3, 6))
+    assert not torch.equal(orders[0], orders[3])
+
+    twin = network().train()
+    adam = torch.optim.Adam(twin.parameters(), lr=3e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(adam, [2])
+    for epoch, row in enumerate(history):
+        loss_sum, wrong = 0.0, 0
+        for which in orders[3 * epoch : 3 * epoch + 3]:
+            scores = twin(TRAIN.images[which])
+            loss = F.cross_entropy(scores, TRAIN.labels[which])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            loss_sum += loss.item() * len(which)
+            wrong += (scores.argmax(1) != TRAIN.labels[which]).sum().item()
+        assert row["train_loss"] == pytest.approx(loss_sum / 24, rel=1e-5)
+        assert row["train_error"] == 100 * wrong / 24
+        schedule.step()
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+    assert [row["learning_rate"] for row in history] == pytest.approx([3e-3, 3e-3, 3e-4])
+
+
+def find(batch: Tensor) -> Tensor:
+    """Which of the training images these are."""
+    return (batch.flatten(1)[:, None] == TRAIN.images.flatten(1)[None]).all(2).int().argmax(1)
+
+
+def test_the_history_says_what_was_measured(capsys):
+    measured = []
+
+    def note(row: dict[str, Any], resume: dict[str, Any]) -> None:
+        measured.append((evaluate(model, VALIDATION).error, resume["epochs_done"]))
+
+    model = network()
+    history = fit(model, TRAIN, SHORT, seed=0, validation=VALIDATION, after_epoch=note, label="the run")
+    assert [(row["validation_error"], row["epoch"]) for row in history] == measured
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split(",")[0] for line in err.splitlines()] == [f"the run: epoch {i}/4" for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("poison", ["rate", "image"])
+def test_divergence_is_told_at_once(poison):
+    split = TRAIN if poison == "rate" else Split(TRAIN.images.clone().fill_(float("nan")), TRAIN.labels)
+    rate = 1e30 if poison == "rate" else 1e-2
+    with pytest.raises(InputError, match=r"^cnn diverged in epoch 1: the loss is (nan|inf); try a smaller") as caught:
+        fit(network(), split, Recipe(epochs=9, batch_size=6, learning_rate=rate), seed=0, label="cnn")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_images_are_refused():
+    empty = Split(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.int64))
+    with pytest.raises(InputError, match="no images to train on"):
+        fit(network(), empty, SHORT, seed=0)
+    with pytest.raises(InputError, match="no images to evaluate on"):
+        evaluate(network(), empty)
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24, 500])
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_equals_one_image_after_another(batch_size, training):
+    model = network()
+    fit(model, TRAIN, SHORT, seed=0)
+    before = state(model.train(training))
+    score = evaluate(model, TRAIN, batch_size=batch_size)
+    assert all(module.training == training for module in model.modules())
+    assert equal(state(model), before)
+    model.eval()
+    loss, wrong = 0.0, 0
+    with torch.no_grad():
+        for image, label in zip(*TRAIN, strict=True):
+            scores = model(image[None])[0].double()
+            loss -= scores.log_softmax(0)[label].item()
+            wrong += int(scores.argmax()) != int(label)
+    assert score.loss == pytest.approx(loss / 24, rel=1e-5)
+    assert (score.error, score.images) == (100 * wrong / 24, 24)
+    assert 0 < wrong < 24
+
+
+# --- where it runs
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="unknown device 'tpu'; accepted: auto, cpu, cuda"):
+        pick_device("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told():
+    with pytest.raises(InputError, match="no GPU is available"):
+        pick_device("cuda")
+
+
+def test_the_environment_is_plain_data():
+    found = environment(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
+    assert found["device"] == "cpu"
+    assert found["threads"] == torch.get_num_threads()
+    assert {type(value) for value in found.values()} == {str, int}

@@ -1,0 +1,28 @@
+"""The numbers in README.md are those that the committed checkpoints give."""
+
+from pathlib import Path
+
+import analysis
+import gconv
+from analysis.screen import _change
+from gconv.catalog import table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_checkpoint_table_is_what_the_catalog_prints() -> None:
+    assert table(sorted(map(str, (ROOT / "checkpoints").glob("*.pt")))) in README
+
+
+def test_demo_block_is_what_the_demo_measures() -> None:
+    net = gconv.load(ROOT / "checkpoints" / "p4cnn-rotdigits.pt")
+    data = gconv.load_dataset("rotdigits")
+    _, report = analysis.convert(net, rank=2, data=data.train_and_validation, test=data.test)
+    assert f"parameters {_change(*report.parameters)}" in README
+    assert f"MACs published {_change(*report.macs_published)}, as executed {_change(*report.macs_executed)}" in README
+    shown = {"before": "the network as given", "converted": "converted", "batch_norm": "batch norm re-estimated"}
+    for stage, text in shown.items():
+        (line,) = (line for line in README.splitlines() if line.strip().startswith(f"{text}  "))
+        # A few of the 600 images lie so near a decision boundary that another processor's rounding may turn them.
+        assert abs(float(line.split()[-2]) - report.accuracy[stage]) <= 1
