@@ -49,7 +49,7 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
             raise InputError("a conversion takes one budget; accepted: either rank or energy")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise InputError(f"rank is {self.rank!r}; accepted: a whole number of at least 1")
         if self.energy is not None and not (isinstance(self.energy, Real) and 0 < self.energy <= 1):
             raise InputError(f"energy is {self.energy!r}; accepted: a share above 0 and up to 1, such as 0.95")

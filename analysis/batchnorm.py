@@ -32,10 +32,10 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, batch_size: int = 
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     with _estimating(model, layers), torch.no_grad():
         for batch in images.tensor_split(-(-len(images) // batch_size)):
-            model(batch.to(device))
+            model(batch.to(like))
 
 
 @contextmanager

@@ -64,6 +64,8 @@ def convert(
     forms = forms_named(form)
     budget = Budget(rank, DEFAULT_ENERGY if rank is None and energy is None else energy)
     train = None if data is None else _as_split(data)
+    if not isinstance(finetune, int) or finetune < 0:
+        raise InputError(f"finetune is {finetune!r}; accepted: a whole number of epochs")
     if finetune and train is None:
         raise InputError("fine-tuning needs training images; accepted: data")
     layers = _group_layers(model)
@@ -150,7 +152,10 @@ def _group_layers(model: nn.Module) -> dict[str, GConv2d | SeparableGConv2d]:
 def _as_split(data: Split | Iterable[tuple[Tensor, Tensor]]) -> Split:
     if isinstance(data, Split):
         return data
-    images, labels = zip(*data, strict=True)
+    batches = list(data)
+    if not batches:
+        raise InputError("the data has no batches; accepted: images with labels")
+    images, labels = zip(*batches, strict=True)
     return Split(torch.cat(images), torch.cat(labels))
 
 

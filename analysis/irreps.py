@@ -2,8 +2,8 @@
 
 The regular representation moves functions on the group, ``(L(h) f)(s) = f(h^-1 s)``. It splits into one *isotypic*
 subspace for each irreducible representation rho, onto which ``P = (d / |H|) sum_h chi(h)* L(h)`` projects, with d the
-dimension and chi the character of rho (Serre, *Linear Representations of Finite Groups*, section 2.6). A pair of complex
-conjugate representations is one real one: its projectors are added. Names are Mulliken's, as in chemistry's tables.
+dimension and chi the character of rho (Serre, *Linear Representations of Finite Groups*, section 2.6). A pair of
+complex conjugate representations is one real one: its projectors are added. Names are Mulliken's, as in chemistry.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def invariance(gram: Tensor, group: Group) -> Tensor:
     """How close a filter is to its copy moved along the group axis: ``<L(h) K, K> / ||K||^2`` for every element h.
 
     L is the left regular representation, ``(L(h) K)[s] = K[h^-1 s]``. It is 1 exactly if h leaves the filter as it is,
-    as ``||L(h) K - K||^2 = 2 ||K||^2 (1 - <L(h) K, K> / ||K||^2)``. Its mean over all elements is the share of the group
-    average, which is that of the trivial irrep.
+    as ``||L(h) K - K||^2 = 2 ||K||^2 (1 - <L(h) K, K> / ||K||^2)``. Its mean over all elements is the group average's
+    share of the energy, which is that of the trivial irrep.
 
     Args:
         gram: ``[..., S, S]`` from :func:`group_gram`, of one filter each or summed over filters.

@@ -1,9 +1,9 @@
 """Nulls: what a measure gives on filters that learned nothing, so that a trained value can be told from chance.
 
 * ``init``: filters drawn as the layer itself draws them before training, with independent entries. It answers *how
-  redundant is a layer of this shape anyway?* A small matrix is close to low rank by chance: random 4 x 9 blocks already
-  keep half of their energy at rank 1. For a separable layer the factors are drawn and multiplied out, so that what its
-  form forces on it does not pass for learned.
+  redundant is a layer of this shape anyway?* Small matrices are close to low rank by chance: random 4 x 9 blocks
+  keep almost half of their energy at rank 1. For a separable layer the factors are drawn and multiplied out, so that
+  what its form forces on it does not pass for learned.
 * ``shuffled``: the trained filter's own entries in random order, over the whole layer. It answers *is it where the
   large entries are, or only that there are few of them?* Training makes the entries' distribution heavy-tailed, and
   that alone changes spectra.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -25,10 +26,10 @@ _SHOWN = (
     ("gc", "explained_energy", "gc", 1),
     ("gc_in", "explained_energy", "gc_in", 1),
     ("effective rank\nof space", "effective_rank", "space", None),
-    ("of output\nchannels", "effective_rank", "out", None),
     ("invariance\nas stored", "invariance", "average", None),
     ("invariance\nturned back", "invariance_turned", "average", None),
 )
+_TITLE = "explained energy at rank 1 in each form, and other measures"
 # A terminal tells its own width; in a file or a pipe the table must not be folded at 80 columns.
 _WIDTH_ELSEWHERE = 160
 
@@ -53,17 +54,19 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = Parser(
         PROG,
-        "Measure how redundant the filters of a network are, along space, the group axis and channels, beside the same\n"
-        "measures on filters drawn from the layer's initialisation and on the trained entries in random order. FILE is\n"
-        "a checkpoint of this project, or a state dict (.pt, .pth, .safetensors) of a plain, GrouPy or exported group\n"
-        "network. Several FILEs are snapshots of one training run; then the measures are shown against the epoch.",
+        "Measure how redundant the filters of a network are, along space, the group axis and channels, beside the\n"
+        "same measures on filters drawn from the layer's initialisation and on the trained entries in random order.\n"
+        "FILE is a checkpoint of this project, or a state dict (.pt, .pth, .safetensors) of a plain, a GrouPy or an\n"
+        "exported group network. Several FILEs are snapshots of one run: the measures are shown against the epoch.",
         "  python -m analysis.redundancy checkpoints/p4cnn-rotmnist-regen.pt\n"
         "  python -m analysis.redundancy checkpoints/p4cnn-rotmnist-regen/epoch-*.pt --csv trace.csv\n"
         "  python -m analysis.redundancy weights.safetensors --group p4m --json > redundancy.json",
     )
     p.add_argument("files", metavar="FILE", nargs="+", help="a checkpoint or a state dict; several: snapshots of a run")
     p.add_argument("--group", metavar="G", help="the group of a network that does not say it: z2, p2, p4, pm, pmm, p4m")
-    p.add_argument("--draws", type=number(int, 0), default=20, metavar="D", help="draws of each null, default 20; 0: none")
+    p.add_argument(
+        "--draws", type=number(int, 0), default=20, metavar="D", help="of each null, default 20; 0: no nulls"
+    )
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="S", help="of the nulls, default 0")
     p.add_argument("--csv", metavar="OUT", help="write the whole table here")
     p.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -119,8 +122,8 @@ def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
         console.print("there are no convolutions to measure")
     elif table.draws:
         console.print(
-            f"In brackets: mean of {table.draws} filters drawn from the initialisation, and how many standard deviations "
-            "of these the value is away."
+            f"In brackets: the mean of {table.draws} filters drawn from the initialisation, and how many of their "
+            "standard deviations the value is away."
         )
     for note in (table.inferred, *(f"skipped {layer.name}: {layer.reason}" for layer in table.skipped)):
         if note is not None:
@@ -128,10 +131,10 @@ def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
 
 
 def _per_layer(table: Redundancy) -> list[Table]:
-    found = {(row["layer"], row["measure"], row["part"], row["rank"]): row for row in table.rows}
+    found = {(row["layer"], *_key(row)): row for row in table.rows}
     layers = {row["layer"]: row for row in table.rows}
     shown = [column for column in _SHOWN if any((layer, *column[1:]) in found for layer in layers)]
-    picture = _picture("explained energy at rank 1 in each form, and others", "layer", "filter", *(c[0] for c in shown))
+    picture = _picture(f"{_TITLE}, by layer", "layer", "filter", *(heading for heading, *_ in shown))
     for name, row in layers.items():
         cells = (_cell(found.get((name, *column[1:]))) for column in shown)
         picture.add_row(name, _filter(row), *cells)
@@ -140,22 +143,27 @@ def _per_layer(table: Redundancy) -> list[Table]:
 
 def _against_epoch(table: Redundancy) -> list[Table]:
     """The whole network's measures, a row for each epoch; then the first of them, a row for each layer."""
-    found = {(row["epoch"], row["layer"], row["measure"], row["part"], row["rank"]): row for row in table.rows}
+    from .table import NETWORK
+
+    found = {(row["epoch"], row["layer"], *_key(row)): row for row in table.rows}
     epochs = list(dict.fromkeys(row["epoch"] for row in table.rows))
     layers = {row["layer"]: row for row in table.rows}
-    network = list(layers)[-1]
-    shown = [column for column in _SHOWN if any((epoch, network, *column[1:]) in found for epoch in epochs)]
-    whole = _picture("whole network: explained energy at rank 1, and others", "epoch", *(c[0] for c in shown))
+    shown = [column for column in _SHOWN if any((epoch, NETWORK, *column[1:]) in found for epoch in epochs)]
+    whole = _picture(f"{_TITLE}, of the whole network", "epoch", *(heading for heading, *_ in shown))
     for epoch in epochs:
-        whole.add_row(str(epoch), *(_cell(found.get((epoch, network, *column[1:]))) for column in shown))
+        whole.add_row(str(epoch), *(_cell(found.get((epoch, NETWORK, *column[1:]))) for column in shown))
     pictures = [whole]
     for heading, *key in shown[:1]:
-        title = f"{heading}, by layer and epoch"
-        picture = _picture(title, "layer", "filter", *map(str, epochs))
+        picture = _picture(f"{heading}, by layer and epoch", "layer", "filter", *map(str, epochs))
         for name, row in layers.items():
-            picture.add_row(name, _filter(row), *(_cell(found.get((epoch, name, *key))) for epoch in epochs))
+            values = (found.get((epoch, name, *key)) for epoch in epochs)
+            picture.add_row(name, _filter(row), *(_cell(value, with_null=False) for value in values))
         pictures.append(picture)
     return pictures
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int | None]:
+    return row["measure"], row["part"], row["rank"]
 
 
 def _picture(title: str, first: str, *headings: str) -> Table:
@@ -175,11 +183,12 @@ def _filter(row: dict[str, Any]) -> str:
     return f"{row['group']} {row['kind']} {row['out_channels']}x{row['in_channels']}, k={row['kernel_size']}"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, *, with_null: bool = True) -> str:
     if row is None:
         return "-"
     mean, z = row["init_mean"], row["init_z"]
-    null = "" if mean != mean else f" ({mean:.2f})" if z != z else f" ({mean:.2f}, {z:+.0f})"
+    known = with_null and not math.isnan(mean)
+    null = "" if not known else f" ({mean:.2f})" if math.isnan(z) else f" ({mean:.2f}, {z:+.0f})"
     return f"{row['value']:.2f}{null}"
 
 

@@ -97,11 +97,12 @@ class ConversionReport:
             setattr(self, key, tuple(getattr(total, key) for total in costs))
             for layer in self.layers:
                 setattr(layer, key, tuple(getattr(row[layer.name], key) for row in rows))
-        device = next(before.parameters()).device
-        images = torch.rand(LATENCY_BATCH, *input_shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        images = torch.rand(LATENCY_BATCH, *input_shape, generator=torch.Generator().manual_seed(seed))
+        images = images.to(next(before.parameters()))  # its device and type
         with torch.no_grad():
             expected, got = before(images).double(), after(images).double()
-        self.output_error = ((got - expected).norm() / expected.norm()).item()
+        norm, difference = expected.norm().item(), (got - expected).norm().item()
+        self.output_error = difference / norm if norm else difference
         one = images[:1].double()
         doubled = (copy.deepcopy(network).double() for network in (before, after))
         first, second = (equivariance_error(network, group, one).max for network in doubled)

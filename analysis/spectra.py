@@ -7,6 +7,7 @@ matrix, which is exact enough for energies: the error is that of float64 relativ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,14 +31,14 @@ def fold(weight: Tensor, form: str | Form, under: Group) -> Tensor:
     """
     frame = group("z2") if weight.shape[-3] == 1 else under
     tables = Tables.build(frame, weight.shape[-1], device=weight.device)
-    folded = partial(form_named(form).fold, pixels=tables.pixels)
+    folded: Callable[[Tensor], Tensor] = partial(form_named(form).fold, pixels=tables.pixels)
     for _ in weight.shape[:-5]:
         folded = torch.vmap(folded)
     return folded(weight.double())
 
 
 def matrix_energies(matrices: Tensor) -> Tensor:
-    """The squared singular values of matrices ``[..., rows, columns]``, largest first: ``[..., min(rows, columns)]``."""
+    """The squared singular values of matrices ``[..., rows, columns]``, falling: ``[..., min(rows, columns)]``."""
     rows, columns = matrices.shape[-2:]
     gram = matrices @ matrices.mT if rows <= columns else matrices.mT @ matrices
     return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
@@ -149,4 +150,3 @@ def stable_rank(shares: Tensor) -> Tensor:
 def rank_needed(shares: Tensor, target: float) -> Tensor:
     """The smallest rank that keeps ``target`` of the energy, to rounding, from energy shares ``[..., ranks]``."""
     return 1 + (shares.cumsum(-1)[..., :-1] < target - _ROUNDING).sum(-1)
-

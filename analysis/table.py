@@ -127,9 +127,7 @@ def redundancy(
     return Redundancy(rows + _network_rows(banks, layers), banks.skipped, banks.inferred, draws, seed)
 
 
-def redundancy_over_epochs(
-    paths: Iterable[str | Path], *, draws: int = DRAWS, seed: int = 0
-) -> Redundancy:
+def redundancy_over_epochs(paths: Iterable[str | Path], *, draws: int = DRAWS, seed: int = 0) -> Redundancy:
     """The tables of several snapshots of one training run as one, with a column ``epoch``.
 
     Args:
@@ -173,7 +171,11 @@ def block_redundancy(bank: FilterBank) -> pd.DataFrame:
     """
     weight = bank.weight
     # A block is a layer with fewer channels, and leading axes are independent layers.
-    layers = {"g": weight.flatten(0, 1)[:, None, None], "gc": weight[:, None], "gc_in": weight.transpose(0, 1)[:, :, None]}
+    layers = {
+        "g": weight.flatten(0, 1)[:, None, None],
+        "gc": weight[:, None],
+        "gc_in": weight.transpose(0, 1)[:, :, None],
+    }
     rows = [
         (measure, part, rank if measure in RANKED else None, block, value)
         for form, blocks in layers.items()

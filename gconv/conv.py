@@ -237,7 +237,7 @@ class SeparableGConv2d(_GroupConv):
         # Plain attributes, set first because the base class makes the parameters that depend on them.
         self.form = form_named(form)
         self.rank = rank
-        self.execution: Execution = check_execution(execution or self.form.default_execution)
+        self.execution: Execution = check_execution(self.form.default_execution if execution is None else execution)
         super().__init__(
             in_channels,
             out_channels,
@@ -291,7 +291,7 @@ class SeparableGConv2d(_GroupConv):
 
     def macs(self, execution: str | None = None) -> tuple[int, int]:
         """As in the base class, under this ``execution`` or, by default, the layer's own."""
-        if (execution or self.execution) == "dense":
+        if check_execution(self.execution if execution is None else execution) == "dense":
             return super().macs()
         mix, spatial = self.form.macs(self.filter_shape, self.rank)
         return (0, mix + spatial) if self.form.spatial_first else (mix, spatial)
@@ -305,7 +305,14 @@ class SeparableGConv2d(_GroupConv):
     def like(
         layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
     ) -> SeparableGConv2d:
-        """A new, randomly initialised layer of the same shape, group and sampling as ``layer``."""
+        """A new, randomly initialised layer of the same shape, group and sampling as ``layer``.
+
+        Raises:
+            InputError: the layer does not map group to group, or the rank is out of range.
+        """
+        if not isinstance(layer, (GConv2d, SeparableGConv2d)):
+            given = type(layer).__name__
+            raise InputError(f"a {given} cannot be separated; accepted: a group-to-group layer, full or separable")
         return SeparableGConv2d(**layer._settings(), form=form, rank=rank, execution=execution)
 
     @staticmethod

@@ -74,18 +74,16 @@ def equivariance_error(module: nn.Module, group: str | Group, input: Tensor) -> 
         InputError: an unknown group, or an input that the module does not take.
     """
     of = find_group(group)
-    sampled: dict[str, tuple[int, int]] = {}
+    names = {layer: name for name, layer in module.named_modules() if hasattr(layer, "kernel_size")}
+    strided = [layer for layer in names if _first(layer.stride) > 1]
+    # Keys of a dict: in the order of the pass, a layer that is used at several sizes once for each.
+    sampled: dict[tuple[Any, tuple[int, int]], None] = {}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            height, width = inputs[0].shape[-2:]
-            sampled[name] = (height, width)
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        height, width = inputs[0].shape[-2:]
+        sampled[layer, (height, width)] = None
 
-        return hook
-
-    windowed = {name: layer for name, layer in module.named_modules() if hasattr(layer, "kernel_size")}
-    strided = {name: layer for name, layer in windowed.items() if _first(layer.stride) > 1}
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in strided.items()]
+    hooks = [layer.register_forward_pre_hook(note) for layer in strided]
     try:
         with torch.no_grad():
             reference = module(input)
@@ -93,11 +91,10 @@ def equivariance_error(module: nn.Module, group: str | Group, input: Tensor) -> 
         for hook in hooks:
             hook.remove()
     inexact = []
-    for name, size in sampled.items():
-        layer = strided[name]
+    for layer, size in sampled:
         at_fault = [n for flips, n in zip(of.reversed_axes(), size, strict=True) if flips and _left_over(layer, n)]
         if at_fault:
-            inexact.append(InexactLayer(name, size, _first(layer.stride), _exact_sizes(layer, at_fault[0])))
+            inexact.append(InexactLayer(names[layer], size, _first(layer.stride), _exact_sizes(layer, at_fault[0])))
     with torch.no_grad():
         errors = tuple(_relative(module(act(of, g, input)), _acted(of, g, reference)) for g in range(of.order))
     return EquivarianceReport(errors, tuple(inexact))

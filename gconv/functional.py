@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import InputError
 from .groups import Group, group
 
 
@@ -98,11 +99,17 @@ def act(on: str | Group, element: int, x: Tensor) -> Tensor:
         element: index of g in it.
         x: ``[N, C, S, H, W]`` or ``[N, C, H, W]``; H and W may differ (a quarter turn then exchanges them). A tensor
             of fewer dimensions (class scores) is taken as invariant and comes back as it is.
+
+    Raises:
+        InputError: an unknown group, or a group axis of another length.
     """
     on = group(on)
     if x.dim() < 4:
         return x
     if x.dim() == 5:
+        if x.shape[2] != on.order:
+            what = f"a map of shape {list(x.shape)} is not one of {on.name}"
+            raise InputError(f"{what}; accepted: [N, C, {on.order}, H, W]")
         x = x[:, :, torch.tensor(on.product[on.inverse[element]], device=x.device)]
     flips, turns = divmod(on.elements[element], 4)
     x = torch.rot90(x, turns, (-2, -1))

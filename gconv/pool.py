@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError
 from .functional import to_planar
 
 
@@ -12,14 +13,14 @@ class GroupMaxPool(nn.Module):
     """Maximum over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``, on which only pixels move."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.amax(2)
+        return _with_group_axis(self, x).amax(2)
 
 
 class GroupMeanPool(nn.Module):
     """Mean over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(2)
+        return _with_group_axis(self, x).mean(2)
 
 
 class SpatialMaxPool2d(nn.Module):
@@ -44,6 +45,12 @@ class SpatialMaxPool2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _with_group_axis(pool: nn.Module, x: Tensor) -> Tensor:
+    if x.dim() != 5:
+        raise InputError(f"{type(pool).__name__} got an input of shape {list(x.shape)}; accepted: [N, C, S, H, W]")
+    return x
 
 
 class SpatialMeanPool2d(nn.Module):

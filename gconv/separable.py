@@ -133,10 +133,8 @@ class Form(ABC):
     def check_rank(self, rank: int, shape: FilterShape) -> None:
         """Raises InputError unless ``1 <= rank <= max_rank``."""
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= self.max_rank(shape):
-            raise InputError(
-                f"rank {rank!r} is out of range for form {self.name!r} of a [{shape.out_channels}, {shape.in_channels}, "
-                f"{shape.order}, {shape.k}, {shape.k}] filter; accepted: 1 to {self.max_rank(shape)}"
-            )
+            of = f"form {self.name!r} of a {[*shape, shape.k]} filter"
+            raise InputError(f"rank {rank!r} is out of range for {of}; accepted: 1 to {self.max_rank(shape)}")
 
 
 class SharedPerPair(Form):

@@ -62,7 +62,7 @@ class Score:
 
 
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: str | None = None) -> Score:
-    """Loss and error in eval mode, on the model's device; the mode is put back afterwards.
+    """Loss and error in eval mode, on the model's device and in its precision; the mode is put back afterwards.
 
     Args:
         model: a classifier.
@@ -76,15 +76,15 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: st
     count = len(split.labels)
     if count == 0:
         raise InputError("the data set has no images to evaluate on")
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     was_training = model.training
     model.eval()
     loss = wrong = 0.0
     with torch.inference_mode():
         hide = True if label is None else None  # None: hidden where stderr is not a terminal
         for start in tqdm(range(0, count, batch_size), desc=label, disable=hide, leave=False, unit="batch"):
-            labels = split.labels[start : start + batch_size].to(device)
-            scores = model(split.images[start : start + batch_size].to(device))
+            labels = split.labels[start : start + batch_size].to(like.device)
+            scores = model(split.images[start : start + batch_size].to(like))
             loss += F.cross_entropy(scores, labels, reduction="sum").item()
             wrong += (scores.argmax(1) != labels).sum().item()
     model.train(was_training)
@@ -122,13 +122,13 @@ def fit(
     """
     if len(train.labels) == 0:
         raise InputError("the data set has no images to train on")
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     start = 0
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
         start = resume["epochs_done"]
-    images, labels = train.images.to(device), train.labels.to(device)
+    images, labels = train.images.to(like), train.labels.to(like.device)
     steps = -(-len(labels) // recipe.batch_size)
     history: list[dict[str, Any]] = []
     # disable=None: no bar where stderr is not a terminal; one line an epoch is printed there instead.
@@ -139,7 +139,7 @@ def fit(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = recipe.rate(epoch)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(len(labels), generator=generator).to(device)
+            order = torch.randperm(len(labels), generator=generator).to(like.device)
             model.train()
             loss_sum = wrong = 0.0
             for batch in order.split(recipe.batch_size):

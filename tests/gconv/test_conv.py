@@ -377,3 +377,16 @@ def test_repr_says_how_to_make_the_layer():
 @every_form
 def test_the_default_execution_is_the_forms(form):
     assert SeparableGConv2d(1, 2, 3, group="p4", form=form).execution == FORMS[form].default_execution
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lifting_layer_cannot_be_separated(form: str) -> None:
+    with pytest.raises(InputError, match="LiftingConv2d cannot be separated; accepted: a group-to-group layer"):
+        SeparableGConv2d.from_dense(LiftingConv2d(2, 3, 3, group="p4"), form, 1)  # type: ignore[arg-type]
+
+
+def test_an_unknown_execution_is_refused_wherever_it_is_given() -> None:
+    with pytest.raises(InputError, match="unknown execution ''"):
+        SeparableGConv2d(2, 3, 3, group="p4", execution="")
+    with pytest.raises(InputError, match="unknown execution 'bogus'"):
+        SeparableGConv2d(2, 3, 3, group="p4").macs("bogus")

@@ -274,3 +274,13 @@ def test_measuring_leaves_the_module_as_it_was_even_when_it_fails():
 def test_an_unknown_group_is_refused():
     with pytest.raises(InputError, match=r"^unknown group 'p3'; accepted: z2, p2, p4, pm, pmm, p4m$"):
         equivariance_error(nn.Identity(), "p3", torch.randn(1, 1, 3, 3))
+
+
+def test_a_layer_used_at_two_sizes_is_reported_at_the_one_that_is_inexact() -> None:
+    pool = SpatialMaxPool2d(3, stride=2)
+    network = nn.Sequential(pool, SpatialMaxPool2d(2, stride=1), pool)
+    report = equivariance_error(network, "p4", torch.randn(1, 2, 4, 10, 10, dtype=torch.float64))
+    assert [(layer.name, layer.size) for layer in report.inexact] == [("0", (10, 10))]
+    report = equivariance_error(network, "p4", torch.randn(1, 2, 4, 11, 11, dtype=torch.float64))
+    assert [(layer.name, layer.size) for layer in report.inexact] == [("0", (4, 4))]
+    assert report.max > 1e-3

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gconv import GROUPS, act, gconv2d, group
+from gconv import GROUPS, InputError, act, gconv2d, group
 from gconv.functional import Sampling, Tables, expand, to_planar
 
 PICTURE = torch.arange(9).view(3, 3)
@@ -108,3 +108,8 @@ def test_planar_layout_puts_the_group_axis_inside_the_channels():
     assert planar.shape == (2, 12, 5, 6)
     assert all(planar[:, 4 * c + s].equal(x[:, c, s]) for c in range(3) for s in range(4))
     assert to_planar(planar) is planar
+
+
+def test_act_refuses_a_group_axis_of_another_length() -> None:
+    with pytest.raises(InputError, match=r"accepted: \[N, C, 4, H, W\]"):
+        act("p4", 1, torch.zeros(1, 2, 8, 5, 5))

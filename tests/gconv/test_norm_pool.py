@@ -130,3 +130,9 @@ def test_norm_and_pools_are_equivariant(name, module):
     report = equivariance_error(module, name, map_on(name, n, m))
     assert report.max <= 1e-12
     assert report.inexact == ()
+
+
+@pytest.mark.parametrize("pool", [GroupMaxPool(), GroupMeanPool()])
+def test_group_pools_refuse_maps_without_a_group_axis(pool: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"got an input of shape \[1, 2, 5, 5\]; accepted: \[N, C, S, H, W\]"):
+        pool(torch.zeros(1, 2, 5, 5))

@@ -1,0 +1,177 @@
+"""How long the redundancy table takes, and how much longer block by block: ``python benchmarks/redundancy_speed.py``.
+
+The whole table with its default nulls is made for p4m-resnet44. Then the same measures are computed as one would write
+them down first, a Python loop over the blocks with NumPy's SVD, on the same layers with fewer draws; both take turns in
+the same process, each free to use all cores, and medians are compared. The two must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import gconv
+from analysis import filter_banks, redundancy
+from analysis.banks import FilterBank
+from analysis.irreps import irreps
+from analysis.null import NULLS, null_filters
+from gconv.cli import Parser, number
+from gconv.files import atomic_path, check_output
+
+BUDGET_SECONDS = 15
+BUDGET_RATIO = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and record; 0 if both budgets hold, else 1."""
+    p = Parser("redundancy_speed", __doc__ or "", "  python benchmarks/redundancy_speed.py --json out/speed.json")
+    p.add_argument("--rounds", type=number(int, 1), default=3, help="turns of each, default 3")
+    p.add_argument("--draws", type=number(int, 2), default=2, help="of each null where the two compete, default 2")
+    p.add_argument("--json", metavar="OUT", help="also write the record here")
+    args = p.parse_args(argv)
+    if args.json:
+        check_output(args.json, force=True)
+
+    torch.manual_seed(0)
+    banks = filter_banks(gconv.create_model("p4m-resnet44"))
+    redundancy(banks[:3], draws=2)  # loads what is loaded on first use
+    runs: dict[str, Callable[[], Any]] = {
+        "whole table": lambda: redundancy(banks),
+        "table": lambda: redundancy(banks, draws=args.draws),
+        "loop": lambda: [block_by_block(bank, depth, args.draws) for depth, bank in enumerate(banks)],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    results = {}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - began)
+    difference = largest_difference(results["table"].rows, results["loop"], [bank.name for bank in banks])
+
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    ratio = median["loop"] / median["table"]
+    record = {
+        "network": "p4m-resnet44",
+        "layers": len(banks),
+        "entries": sum(bank.weight.numel() for bank in banks),
+        "threads": torch.get_num_threads(),
+        "draws_whole_table": results["whole table"].draws,
+        "draws_compared": args.draws,
+        "seconds": seconds,
+        "median_seconds": median,
+        "ratio": ratio,
+        "largest_difference": difference,
+    }
+    print(
+        f"{record['network']}: {len(banks)} layers, {record['entries']:,} filter entries, {record['threads']} threads"
+    )
+    print(f"{'':<44}{'median':>9}  runs")
+    for name, label in (
+        ("whole table", f"whole table, {record['draws_whole_table']} draws of each null"),
+        ("table", f"table, {args.draws} draws of each null"),
+        ("loop", f"loop over blocks and numpy.linalg.svd, {args.draws}"),
+    ):
+        print(f"{label:<44}{median[name]:>7.2f} s  {' '.join(f'{value:.2f}' for value in seconds[name])}")
+    print(f"the loop takes {ratio:.1f} times as long (at least {BUDGET_RATIO} asked); values agree to {difference:.1e}")
+    if args.json:
+        with atomic_path(args.json) as temporary:
+            Path(temporary).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0 if median["whole table"] < BUDGET_SECONDS and ratio >= BUDGET_RATIO and difference < 1e-9 else 1
+
+
+def block_by_block(bank: FilterBank, depth: int, draws: int) -> dict[tuple[str, str, int], list[float]]:
+    """The table's measures of one layer, for the trained filter and then each draw: (measure, part, rank) to values."""
+    filters = [bank.weight.numpy()]
+    for null_number, null in enumerate(NULLS):
+        rng = np.random.default_rng([0, depth, null_number])
+        filters += [one for batch in null_filters(bank, null, draws, rng) for one in batch.numpy()]
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for weight in filters:
+        for key, value in _measures(weight, bank.group).items():
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def _measures(weight: np.ndarray, group: gconv.Group) -> dict[tuple[str, str, int], float]:
+    o, i, s, k, _ = weight.shape
+    stored = weight.reshape(o, i, s, k * k)
+    turned = stored
+    if s > 1:
+        back = group.pixel_table(k)[group.inverse]
+        turned = np.stack([stored[:, :, t, back[t]] for t in range(s)], axis=2)
+    found: dict[tuple[str, str, int], float] = {}
+
+    if s > 1:
+        forms = {
+            "g": [stored[a, b] for a in range(o) for b in range(i)],
+            "gc": [stored[a].reshape(i * s, k * k) for a in range(o)],
+            "gc_in": [turned[:, b].reshape(o * s, k * k) for b in range(i)],
+        }
+        for form, blocks in forms.items():
+            if k > 1:
+                _ranked(found, "explained_energy", form, sum(_svd(block) for block in blocks))
+                centred = sum(_svd(block - block.mean(0)) for block in blocks)
+                _ranked(found, "pca_explained_variance", form, centred[: min(len(blocks[0]) - 1, k * k)])
+        for frame, kernels in (("", stored), ("_turned", turned)):
+            cosines, gram = 0.0, np.zeros((s, s))
+            for a in range(o):
+                for b in range(i):
+                    products = kernels[a, b] @ kernels[a, b].T
+                    norms = np.sqrt(np.diagonal(products))
+                    cosines += ((products / np.outer(norms, norms)).sum() - s) / (s * (s - 1))
+                    gram += products
+            energy = np.trace(gram)
+            found[f"cosine{frame}", "mean", 0] = cosines / (o * i)
+            found[f"invariance{frame}", "average", 0] = gram.mean() * s / energy
+            for irrep in irreps(group):
+                found[f"irrep_energy{frame}", irrep.name, 0] = (irrep.projector * gram).sum() / energy
+    for axis, along in enumerate(("out", "in", "group", "space")):
+        unfolded = np.moveaxis(stored, axis, 0).reshape(stored.shape[axis], -1)
+        if min(unfolded.shape) > 1:
+            _ranked(found, "hosvd_energy", along, _svd(unfolded))
+    return found
+
+
+def _svd(matrix: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(matrix, compute_uv=False) ** 2
+
+
+def _ranked(found: dict[tuple[str, str, int], float], measure: str, part: str, energies: np.ndarray) -> None:
+    shares = energies / energies.sum()
+    kept = shares.cumsum()
+    found |= {(measure, part, rank): value for rank, value in enumerate(kept, start=1)}
+    if measure != "pca_explained_variance":
+        found["effective_rank", part, 0] = np.exp(-(shares * np.log(np.maximum(shares, 1e-300))).sum())
+        found["stable_rank", part, 0] = 1 / shares[0]
+        for target in (90, 95, 99):
+            found[f"rank_{target}", part, 0] = 1.0 + (kept[:-1] < target / 100 - 1e-12).sum()
+
+
+def largest_difference(rows: list[dict[str, Any]], loop: list[dict[Any, list[float]]], names: list[str]) -> float:
+    """Between the table's trained values and null means, and the loop's."""
+    table = {(row["layer"], row["measure"], row["part"], row["rank"] or 0): row for row in rows}
+    differences = []
+    for name, found in zip(names, loop, strict=True):
+        for key, (trained, *drawn) in found.items():
+            row = table[name, *key]
+            half = len(drawn) // 2
+            for column, value in (
+                ("value", trained),
+                ("init_mean", np.mean(drawn[:half])),
+                ("shuffled_mean", np.mean(drawn[half:])),
+            ):
+                differences.append(abs(row[column] - value))
+    return float(max(differences))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

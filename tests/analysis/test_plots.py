@@ -1,0 +1,83 @@
+"""What is drawn is what was measured."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from analysis.plots import plot_spectra
+
+FORMS = {"g": 4, "gc": 9, "gc_in": 9}
+
+
+@pytest.fixture(autouse=True)
+def _off_screen():
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+def rows(count):
+    """Rows of report.json: forms in turn and then None, ranks from 1."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "name": f"conv{i + 2}",
+            "explained_energy": {form: np.sort(rng.uniform(size=ranks)).tolist() for form, ranks in FORMS.items()},
+            "form": [*FORMS, None][i % 4],
+            "rank": None if i % 4 == 3 else 1 + i % 3,
+        }
+        for i in range(count)
+    ]
+
+
+def panels(figure):
+    """For each form the curves and the rings."""
+    for axis in figure.axes:
+        lines = axis.get_lines()
+        curves = [line for line in lines if line.get_marker() == "."]
+        yield axis, curves, [line for line in lines if line.get_marker() == "o"]
+
+
+@pytest.mark.parametrize("count", [1, 6, 43])
+def test_every_curve_is_the_explained_energy_against_the_rank(count):
+    layers = rows(count)
+    figure = plot_spectra(layers)
+    assert [axis.get_title() for axis in figure.axes] == ["form g", "form gc", "form gc_in"]
+    for form, (axis, curves, _) in zip(FORMS, panels(figure), strict=True):
+        assert axis.get_xlabel() == "rank"
+        assert [curve.get_label() for curve in curves] == [layer["name"] for layer in layers]
+        for curve, layer in zip(curves, layers, strict=True):
+            assert curve.get_xdata().tolist() == list(range(1, FORMS[form] + 1))
+            assert list(curve.get_ydata()) == layer["explained_energy"][form]
+    assert figure.axes[0].get_ylabel() == "explained energy"
+    assert all(low == 0 and high >= 1 for low, high in (axis.get_ylim() for axis in figure.axes))
+
+
+def test_a_ring_marks_each_choice_and_nothing_else():
+    layers = rows(6)
+    for form, (_, curves, rings) in zip(FORMS, panels(plot_spectra(layers)), strict=True):
+        chosen = [(layer, curve) for layer, curve in zip(layers, curves, strict=True) if layer["form"] == form]
+        assert [(*ring.get_xdata(), *ring.get_ydata()) for ring in rings] == [
+            (layer["rank"], layer["explained_energy"][form][layer["rank"] - 1]) for layer, _ in chosen
+        ]
+        assert [ring.get_markeredgecolor() for ring in rings] == [curve.get_color() for _, curve in chosen]
+
+
+@pytest.mark.parametrize("count", [1, 6, 43])
+def test_the_legend_names_every_layer_once_and_stays_inside_the_figure(count):
+    layers = rows(count)
+    figure = plot_spectra(layers)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [layer["name"] for layer in layers]
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert max(axis.get_window_extent().x1 for axis in figure.axes) <= box.x0
+
+
+def test_layers_are_told_apart_and_other_figures_keep_their_style():
+    before = dict(plt.rcParams)
+    _, curves, _ = next(panels(plot_spectra(rows(6))))
+    assert len({curve.get_color() for curve in curves}) == 6
+    assert dict(plt.rcParams) == before
