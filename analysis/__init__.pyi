@@ -1,8 +1,11 @@
 from .banks import FilterBank as FilterBank
+from .banks import FilterBanks as FilterBanks
+from .banks import Skipped as Skipped
 from .banks import filter_banks as filter_banks
 from .batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from .conversion import convert as convert
 from .conversion import to_dense as to_dense
+from .foreign import load_source as load_source
 from .report import ConversionReport as ConversionReport
 from .report import LayerReport as LayerReport
 from .spectra import block_energies as block_energies

@@ -36,8 +36,8 @@ class FilterBank:
         name: the layer's name in the network.
         weight: the generator ``[O, I, S_in, k, k]``, float64 on the CPU; ``S_in`` is 1 for a lifting or planar layer.
         group: the group that it is expanded under; z2 for a planar layer.
-        residual: how far the network's weights are from being the expansion of ``weight``, relative to their norm; 0
-            unless the structure was recognised in plain weights.
+        residual: how far the layer's filter is from being the expansion of ``weight``, relative to its norm; 0 unless
+            the generator had to be taken back from an expanded filter.
         form: the separable form that the layer has, if it has one.
         channel_groups: ``groups`` of a planar layer. Where it is not 1, I counts the input channels of one group, and
             the input channels of different groups have nothing to do with each other.
@@ -278,8 +278,9 @@ def _usable(layer: _Layer) -> _Layer | Skipped:
     weight = layer.weight
     if is_lazy(weight) or weight.is_meta:
         return Skipped(layer.name, "its weights do not exist yet")
-    if not weight.is_floating_point():
-        return Skipped(layer.name, f"its weights are {str(weight.dtype).removeprefix('torch.')}; accepted: real floats")
+    if not weight.is_floating_point() or weight.itemsize == 1:  # 8 bits are quantised: there are scales somewhere else
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return Skipped(layer.name, f"its weights are {dtype}; accepted: real floats of 16 to 64 bits")
     *_, rows, columns = weight.shape
     if rows != columns:
         return Skipped(layer.name, f"its kernels are {rows}x{columns}; accepted: square ones")

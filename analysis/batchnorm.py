@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.errors import InputError
+from gconv.modes import evaluating
 
 
 def reestimate_batchnorm(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> None:
@@ -40,17 +41,14 @@ def reestimate_batchnorm(model: nn.Module, images: Tensor, *, batch_size: int = 
 
 @contextmanager
 def _estimating(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
-    try:
-        model.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # PyTorch's cumulative average
-            layer.train()
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # PyTorch's cumulative average
+                layer.train()
+            yield
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum

@@ -80,10 +80,10 @@ def _command(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     source = checkpoint.read(args.checkpoint)
     out = Path(args.out or f"{Path(args.checkpoint).stem}-converted")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"cannot write into {out}: it is not a directory")
     names = ("converted.pt", "report.json", "spectra.png")
     paths = {name: check_output(out / name, force=args.force) for name in names}
+    for path in filter(Path.is_dir, paths.values()):
+        raise InputError(f"cannot write {path}: it is a directory")
     data, train, test = _data(args.data, source)
 
     from .conversion import convert
@@ -97,6 +97,7 @@ def _command(args: argparse.Namespace) -> None:
         test=test,
         finetune=args.finetune,
         seed=args.seed,
+        input_shape=None if data is None else data.train.images.shape[1:],
     )
     document = {
         "checkpoint": str(args.checkpoint),
@@ -130,11 +131,6 @@ def _data(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Split |
         raise InputError(
             f"the network takes {spec.in_channels} channels and {spec.classes} classes; "
             f"{data.name} has {data.train.images.shape[1]} and {data.classes}"
-        )
-    if tuple(data.train.images.shape[1:]) != source.model.input_shape:
-        raise InputError(
-            f"the network takes images of shape {list(source.model.input_shape)}; "
-            f"{data.name} has {list(data.train.images.shape[1:])}"
         )
     everything = source.record.get("trained_on") == "train and validation"
     return data, data.train_and_validation if everything else data.train, data.test

@@ -55,8 +55,9 @@ def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: there are no tensors, or some have NaN or infinite entries.
     """
-    while isinstance(content, Mapping) and (nest := next((key for key in _NESTS if _is_mapping(content, key)), None)):
-        content = content[nest]
+    for _ in _NESTS:  # at most so deep: a dictionary may contain itself
+        if isinstance(content, Mapping):
+            content = next((inner for key in _NESTS if isinstance(inner := content.get(key), Mapping)), content)
     if not isinstance(content, Mapping):
         raise InputError(f"{source} holds a {type(content).__name__}; accepted: a state dict, tensors by name")
     state = {str(name): tensor.detach() for name, tensor in content.items() if _is_dense(tensor)}
@@ -65,14 +66,15 @@ def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    checkpoint.check_finite(state, source)
+    # Floats of 8 bits are no weights yet, and PyTorch cannot always say whether they are finite.
+    checkpoint.check_finite({name: tensor for name, tensor in state.items() if tensor.itemsize > 1}, source)
     return state
 
 
 def is_steerable(module: nn.Module) -> bool:
-    """Whether a module is a convolution of escnn; the package need not be installed to ask."""
-    ours = any(base.__module__.partition(".")[0] == "escnn" for base in type(module).__mro__)
-    return ours and hasattr(module, "expand_parameters")
+    """Whether a module is escnn's and has a filter that it expands; the package need not be installed to ask."""
+    theirs = any(base.__module__.partition(".")[0] == "escnn" for base in type(module).__mro__)
+    return theirs and hasattr(module, "expand_parameters")
 
 
 def read_steerable(module: Any) -> tuple[Group, Fit] | str:
@@ -90,8 +92,8 @@ def read_steerable(module: Any) -> tuple[Group, Fit] | str:
     if layout is None:
         return f"its group {target.gspace.name} does not act exactly on the pixel grid"
     planar = all(field.is_trivial() for field in source.representations)
-    regular = [all(_is_regular(field) for field in kind.representations) for kind in (source, target)]
-    if layout.group.order > 1 and not (regular[1] and (planar or regular[0])):
+    fields = target.representations if planar else [*source.representations, *target.representations]
+    if layout.group.order > 1 and any(field.name != "regular" for field in fields):
         return f"it maps {source} to {target}; accepted: regular or trivial to regular fields"
     if module.groups != 1:
         return f"an escnn layer in {module.groups} groups of channels; accepted: 1"
@@ -100,18 +102,10 @@ def read_steerable(module: Any) -> tuple[Group, Fit] | str:
     return layout.group, read(expanded.double().cpu(), layout, lifting=planar)
 
 
-def _is_regular(field: Any) -> bool:
-    return field.name == "regular"
-
-
 def _on_pixels(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """A matrix on (x, y), y going up, as one on (row, column)."""
     frame = np.array([[0, -1], [1, 0]])
     return frame @ matrix @ frame.T
-
-
-def _is_mapping(content: Mapping[str, Any], key: str) -> bool:
-    return isinstance(content.get(key), Mapping)
 
 
 def _is_dense(value: object) -> bool:

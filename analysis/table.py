@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def redundancy(
     else:
         banks = filter_banks(source, group=group)
     with _side_by_side() as workers:
-        jobs = workers.map(lambda depth: _spectra(banks[depth], depth, draws, seed), range(len(banks)))
+        jobs = workers.map(lambda depth: _layer(banks[depth], depth, draws, seed), range(len(banks)))
         layers = list(tqdm(jobs, "measuring", len(banks), leave=False, disable=None, delay=1))
     rows = [row for depth, bank in enumerate(banks) for row in _rows(_describe(bank, depth), layers[depth])]
     return Redundancy(rows + _network_rows(banks, layers), banks.skipped, banks.inferred, draws, seed)
@@ -179,7 +178,7 @@ def block_redundancy(bank: FilterBank) -> pd.DataFrame:
     rows = [
         (measure, part, rank if measure in RANKED else None, block, value)
         for form, blocks in layers.items()
-        for (measure, part), found in values(spectra(blocks, bank.group)).items()
+        for (measure, part), found in values(_spectra(bank, blocks)).items()
         if part == form or (form == "g" and part not in (*FORMS, *UNFOLDINGS))
         for block, spectrum in enumerate(found.tolist())
         for rank, value in enumerate(spectrum, start=1)
@@ -191,14 +190,17 @@ def block_redundancy(bank: FilterBank) -> pd.DataFrame:
 _Layer = dict[str, dict[Key, Tensor]]
 
 
-def _spectra(bank: FilterBank, depth: int, draws: int, seed: int) -> _Layer:
-    measured = partial(spectra, group=bank.group, shared_inputs=bank.channel_groups == 1)
-    found = {"trained": measured(bank.weight.unsqueeze(0))}
+def _layer(bank: FilterBank, depth: int, draws: int, seed: int) -> _Layer:
+    found = {"trained": _spectra(bank, bank.weight.unsqueeze(0))}
     for number, null in enumerate(NULLS if draws else ()):
         rng = np.random.default_rng([seed, depth, number])
-        batches = [measured(batch) for batch in null_filters(bank, null, draws, rng)]
+        batches = [_spectra(bank, batch) for batch in null_filters(bank, null, draws, rng)]
         found[null] = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     return found
+
+
+def _spectra(bank: FilterBank, filters: Tensor) -> dict[Key, Tensor]:
+    return spectra(filters, bank.group, shared_inputs=bank.channel_groups == 1)
 
 
 def _network_rows(banks: Sequence[FilterBank], layers: Sequence[_Layer]) -> list[dict[str, Any]]:
@@ -224,7 +226,7 @@ def _rows(about: dict[str, Any], layer: _Layer) -> list[dict[str, Any]]:
     rows = []
     for (measure, part), value in seen["trained"].items():
         columns = {"value": value[0].tolist()}
-        for null in seen.keys() - {"trained"}:
+        for null in (null for null in NULLS if null in seen):
             limits = band(value[0], seen[null][measure, part])
             columns |= {f"{null}_{name}": numbers.tolist() for name, numbers in limits._asdict().items()}
         for r in range(value.shape[-1]):

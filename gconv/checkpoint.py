@@ -73,7 +73,9 @@ def save(
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:
     tensor = tensor.detach().cpu()
-    return tensor.half() if half and tensor.is_floating_point() else tensor
+    if half and tensor.is_floating_point() and torch.isfinite(tensor.half()).all():  # 65,504 is its largest number
+        return tensor.half()
+    return tensor
 
 
 def load(path: str | Path) -> Model:
@@ -99,8 +101,9 @@ def read(path: str | Path) -> Checkpoint:
         raise InputError(f"{path} has checkpoint version {content.get('version')!r}; accepted: {VERSION}")
     try:
         spec = ModelSpec(**{**content["model"], "widths": tuple(content["model"]["widths"])})
-        model = build_model(spec)
-        apply_choices(model, content["layers"])
+        with torch.device("meta"):  # without memory, so that a spec cannot ask for more than the file has weights for
+            _check_shapes(_build(spec, content["layers"]), content["state_dict"])
+        model = _build(spec, content["layers"])
         if content["state_dict"]["fc.weight"].dtype == torch.float64:
             model.double()  # or its weights would be rounded; half-precision ones become float32
         model.load_state_dict(content["state_dict"])
@@ -109,6 +112,22 @@ def read(path: str | Path) -> Checkpoint:
         raise InputError(f"{path} is inconsistent: {' '.join(str(error).split())}") from error
     check_finite(model.state_dict(), path)
     return Checkpoint(model.eval(), record, resume)
+
+
+def _build(spec: ModelSpec, choices: dict[str, dict[str, Any]]) -> Model:
+    """A network of that architecture; the user's random numbers are not used up for weights that will be replaced."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(spec)
+        apply_choices(model, choices)
+    return model
+
+
+def _check_shapes(model: Model, state: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        stored = state.get(name)
+        if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
+            given = list(stored.shape) if isinstance(stored, Tensor) else "not a tensor" if name in state else "missing"
+            raise InputError(f"{name} is {given}; its architecture has {list(tensor.shape)}")
 
 
 def read_plain(path: str | Path) -> Any:

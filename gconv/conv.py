@@ -298,7 +298,8 @@ class SeparableGConv2d(_GroupConv):
 
     def to_dense(self) -> GConv2d:
         """The full layer with the same output; its parameters are copies."""
-        full = GConv2d(**self._settings())
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+            full = GConv2d(**self._settings())
         return _copy_into(full, self, weight=self.weight)
 
     @staticmethod
@@ -330,7 +331,8 @@ class SeparableGConv2d(_GroupConv):
         Raises:
             InputError: the rank is out of range, or the layer's weight is not finite.
         """
-        separable = SeparableGConv2d.like(layer, form, rank, execution)
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+            separable = SeparableGConv2d.like(layer, form, rank, execution)
         mix, spatial = separable.form.factor(layer.weight, rank, layer._pixels)
         return _copy_into(separable, layer, mix=mix, spatial=spatial)
 

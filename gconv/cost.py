@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .conv import _GroupConv
 from .errors import InputError
+from .modes import evaluating
 from .separable import check_execution
 
 
@@ -82,21 +83,19 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
             at_input, at_output = module.macs(execution)
             executed = into * at_input + out * at_output
             published = out * sum(module.macs("factorized"))
+        if module in seen:  # a layer that runs several times has its parameters once
+            published, executed = published + seen[module].macs_published, executed + seen[module].macs_executed
         seen[module] = LayerCost(names[module], type(module).__name__, parameters, published, executed)
 
     owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     hooks = [module.register_forward_hook(record) for module in owners]
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters(), torch.empty(0))
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
     except (InputError, RuntimeError) as error:
         raise InputError(f"the network does not take an input of shape {list(input_shape)}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return Cost(tuple(seen.values()))

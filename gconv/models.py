@@ -214,7 +214,8 @@ def create_model(
     if not isinstance(name, str) or name.lower() not in _REGISTRY:
         raise one_of("model", name, MODELS)
     _, spec = _REGISTRY[name.lower()]
-    changes: dict[str, Any] = {"group": group and group.lower(), "separable": separable, "in_channels": in_channels}
+    changes: dict[str, Any] = {"group": group, "separable": separable, "in_channels": in_channels}
+    changes = {key: value.lower() if isinstance(value, str) else value for key, value in changes.items()}
     if width is not None:
         changes["widths"] = tuple(width * 2**stage for stage in range(len(spec.widths)))
     changed = {key: value for key, value in changes.items() if value is not None}
@@ -231,10 +232,9 @@ def build_model(spec: ModelSpec) -> Model:
         raise one_of("model", spec.name, MODELS)
     build, default = _REGISTRY[spec.name]
     planar = group(spec.group).order == 1
-    forms = (*FORMS, None) if not planar else ("c", None) if build is CNN else (None,)
-    if spec.separable not in forms:
-        what = f"separable form for {spec.name} on group {spec.group}"
-        raise one_of(what, spec.separable, [form or "none" for form in forms])
+    forms = tuple(FORMS) if not planar else ("c",) if build is CNN else ()
+    if spec.separable is not None and spec.separable not in forms:
+        raise one_of(f"separable form for {spec.name} on group {spec.group}", spec.separable, forms or ["none"])
     if len(spec.widths) != len(default.widths):
         raise InputError(f"{spec.name} takes {len(default.widths)} widths, got {list(spec.widths)}")
     sizes = {"width": min(spec.widths), "in_channels": spec.in_channels, "classes": spec.classes}

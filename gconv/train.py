@@ -6,13 +6,25 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cli import Parser, main_args, number, run
 from .errors import InputError
 
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .data import Dataset
+    from .models import Model
+    from .training import Recipe
+
 PROG = "python -m gconv.train"
+# As in gconv.MODELS, which would import torch (a test compares them).
+_MODEL_NAMES = (
+    "z2cnn, c-z2cnn, p4cnn, g-p4cnn-small, g-p4cnn, gc-p4cnn-small, gc-p4cnn, "
+    "resnet44, p4m-resnet44, g-p4m-resnet44, gc-p4m-resnet44"
+)
 _NEW_RUN_OPTIONS = ("model", "group", "separable", "width")
 _RECIPE_OPTIONS = ("epochs", "seed", "batch_size", "lr", "weight_decay", "all_data", "snapshots")
 
@@ -33,20 +45,20 @@ def parser() -> argparse.ArgumentParser:
         "  python -m gconv.train rotdigits --resume converted.pt --epochs 20   (retrain a converted network)",
     )
     p.add_argument("dataset", metavar="DATASET", help="name of the data set; GCONV_DATA=DIR is looked in first")
-    p.add_argument("--model", metavar="NAME", help="p4cnn, gc-p4cnn, p4m-resnet44, …; a wrong name lists all")
+    p.add_argument("--model", metavar="NAME", help=f"one of {_MODEL_NAMES}")
     p.add_argument("--group", help="another group than the model's own: z2, p2, p4, pm, pmm, p4m")
     p.add_argument("--separable", metavar="FORM", help="separable layers of this form: g, gc, gc_in")
     p.add_argument("--width", type=number(int, 1), help="channels (of a ResNet's first stage), default as published")
     p.add_argument("--epochs", type=number(int, 0), help="default 50")
     p.add_argument("--seed", type=number(int, 0, 10**9), help="of initialisation and data order, default 0")
-    p.add_argument("--batch-size", type=number(int, 1), help="default 256")
-    p.add_argument("--lr", type=number(float, 0), help="learning rate, default 0.01")
-    p.add_argument("--weight-decay", type=number(float, 0), help="default 1e-5")
+    p.add_argument("--batch-size", type=number(int, 2), help="default 256")
+    p.add_argument("--lr", type=number(float, 0, 1e3), help="learning rate, default 0.01")
+    p.add_argument("--weight-decay", type=number(float, 0, 1e3), help="default 1e-5")
     p.add_argument("--all-data", action="store_true", default=None, help="train on the validation part too")
     p.add_argument("--snapshots", metavar="E,E,…", help="also keep the network after these epochs, in half precision")
     p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     p.add_argument("--resume", metavar="CKPT", help="start from this checkpoint")
-    p.add_argument("--out", metavar="FILE", help="default: MODEL-DATASET-seedS.pt, or the file that continues")
+    p.add_argument("--out", metavar="FILE", help="default: MODEL-DATASET-seedS.pt (MODEL: or CKPT-retrained)")
     p.add_argument("--force", action="store_true", help="replace --out if it exists")
     p.add_argument("--json", action="store_true", help="print the record as JSON on stdout")
     return p
@@ -58,115 +70,177 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(PROG, lambda: _command(args))
 
 
-def _command(args: argparse.Namespace) -> None:
-    import torch
+@dataclass
+class _Run:
+    """A training run, about to begin or to continue (``resume``): what is trained, how, and where it is written."""
 
-    from . import checkpoint
+    model: Model
+    recipe: Recipe
+    record: dict[str, Any]
+    out: Path
+    resume: dict[str, Any] | None = None
+
+    def save(self, **state: Any) -> None:
+        """Write the checkpoint; the weights are those of now."""
+        from .checkpoint import save
+
+        save(self.model, self.out, record=self.record, **state)
+
+    def snapshot(self, epoch: int) -> None:
+        """Keep the network as it is now, if it was asked for after this epoch."""
+        from .checkpoint import save
+
+        if epoch in self.record["snapshots"]:
+            path = self.out.with_suffix("") / f"epoch-{epoch:03d}.pt"
+            save(self.model, path, record={**self.record, "epoch": epoch}, half=True)
+
+    def after_epoch(self, row: dict[str, Any], resume: dict[str, Any]) -> None:
+        """Keep everything that a continuation needs."""
+        self.record["history"].append(row)
+        self.snapshot(row["epoch"])
+        self.save(resume=resume)
+
+
+def _command(args: argparse.Namespace) -> None:
+    from .checkpoint import read
     from .data import load_dataset
-    from .files import check_output
-    from .training import Recipe, environment, evaluate, fit, pick_device
+    from .training import environment, evaluate, fit, pick_device
 
     device = pick_device(args.device)
-    start = checkpoint.read(args.resume) if args.resume else None
+    start = None if args.resume is None else read(args.resume)
     if start is not None and start.resume is not None:
-        given = [name for name in (*_NEW_RUN_OPTIONS, *_RECIPE_OPTIONS) if getattr(args, name) is not None]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise InputError(f"{args.resume} is an unfinished run and continues as it began; leave out {flags}")
-        record, model, resume = start.record, start.model, start.resume
-        if args.dataset.lower() != record["dataset"]:
-            raise InputError(f"{args.resume} was being trained on {record['dataset']!r}, not {args.dataset!r}")
-        out = Path(args.resume) if args.out is None else check_output(args.out, force=args.force)
-        recipe = Recipe.from_dict(record["recipe"])
+        job = _continued(args, start, start.resume)
+        data = load_dataset(args.dataset)
+        if data.sha256 != job.record["dataset_sha256"]:
+            raise InputError(f"{data.name} is not the data of the run in {args.resume}: its sha256 differs")
     else:
-        epochs = 50 if args.epochs is None else args.epochs
-        recipe = Recipe(
-            epochs=epochs,
-            batch_size=args.batch_size or Recipe.batch_size,
-            learning_rate=Recipe.learning_rate if args.lr is None else args.lr,
-            weight_decay=Recipe.weight_decay if args.weight_decay is None else args.weight_decay,
-            decay_epoch=round(0.8 * epochs),
+        out = _check_new(args)
+        data = load_dataset(args.dataset)
+        job = _begun(args, start, data, out)
+
+    everything = job.record["trained_on"] != "train"
+    split = data.train_and_validation if everything else data.train
+    job.record |= {"train_images": len(split.labels), "environment": environment(device)}
+    job.model.to(device)
+    if job.resume is None:
+        job.snapshot(0)
+    name = job.model.spec.name
+    try:
+        fit(
+            job.model,
+            split,
+            job.recipe,
+            seed=job.record["seed"],
+            validation=None if everything else data.validation,
+            resume=job.resume,
+            after_epoch=job.after_epoch,
+            label=f"{name} on {data.name}",
         )
-        seed, resume = args.seed or 0, None
-        record = {"dataset": args.dataset.lower(), "seed": seed, "recipe": recipe.to_dict(), "history": []}
-        torch.manual_seed(seed)
-        model = _new_model(args) if start is None else _from_start(args, start, record)
-        default = Path(args.resume).stem + "-retrained" if args.resume else model.spec.name
-        out = check_output(args.out or f"{default}-{record['dataset']}-seed{seed}.pt", force=args.force)
-        record["snapshots"] = _snapshot_epochs(args.snapshots, epochs)
-        if record["snapshots"]:
-            if not out.suffix:
-                raise InputError(f"--snapshots go to the folder named as --out without suffix; {out} has none to lose")
-            check_output(out.with_suffix(""), force=args.force)
-        record["trained_on"] = "train and validation" if args.all_data else "train"
-
-    if out.is_dir():
-        raise InputError(f"cannot write {out}: it is a directory")
-    data = load_dataset(args.dataset)
-    if model.spec.in_channels != data.train.images.shape[1] or model.spec.classes != data.classes:
-        raise InputError(
-            f"{model.spec.name} takes {model.spec.in_channels} channels and {model.spec.classes} classes; "
-            f"{data.name} has {data.train.images.shape[1]} and {data.classes}"
-        )
-    if resume is not None and data.sha256 != record["dataset_sha256"]:
-        raise InputError(f"{data.name} is not the data that {args.resume} was being trained on (its sha256 differs)")
-    all_data = record["trained_on"] != "train"
-    split = data.train_and_validation if all_data else data.train
-    record |= {"dataset": data.name, "dataset_description": data.description, "dataset_sha256": data.sha256}
-    record |= {"train_images": len(split.labels), "environment": environment(device)}
-    model.to(device)
-
-    def snapshot(epoch: int) -> None:
-        if epoch in record["snapshots"]:
-            path = out.with_suffix("") / f"epoch-{epoch:03d}.pt"
-            checkpoint.save(model, path, record={**record, "epoch": epoch}, half=True)
-
-    def after_epoch(row: dict[str, Any], state: dict[str, Any]) -> None:
-        record["history"].append(row)
-        snapshot(row["epoch"])
-        checkpoint.save(model, out, record=record, resume=state)
-
-    if resume is None:
-        snapshot(0)
-    fit(
-        model,
-        split,
-        recipe,
-        seed=record["seed"],
-        validation=None if all_data else data.validation,
-        resume=resume,
-        after_epoch=after_epoch,
-        label=f"{model.spec.name} on {data.name}",
-    )
-    test = evaluate(model, data.test, label="testing")
-    record |= {"test_error": test.error, "test_loss": test.loss, "test_images": test.images}
-    checkpoint.save(model, out, record=record)
+    except KeyboardInterrupt:
+        if job.record["history"]:
+            print(f"\nto continue: {PROG} {data.name} --resume {job.out}", file=sys.stderr)
+        raise
+    test = evaluate(job.model, data.test, label="testing")
+    job.record |= {"test_error": test.error, "test_loss": test.loss, "test_images": test.images}
+    job.save()
     if args.json:
-        json.dump({"file": str(out), **record}, sys.stdout, indent=2)
+        json.dump({"file": str(job.out), **job.record}, sys.stdout, indent=2)
         print()
     else:
         result = f"test error {test.error:.2f} % on {test.images:,} images of {data.name}"
-        print(f"{model.spec.name}: {result}; saved to {out}")
+        print(f"{name}: {result}; saved to {job.out}")
 
 
-def _new_model(args: argparse.Namespace) -> Any:
-    from .models import MODELS, create_model
+def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, Any]) -> _Run:
+    """The unfinished run in a checkpoint, which goes on as it began."""
+    from .files import check_output
+    from .training import Recipe
 
-    if args.model is None:
-        raise InputError(f"--model is missing; accepted: {', '.join(MODELS)} (or --resume CKPT)")
-    return create_model(args.model, group=args.group, width=args.width, separable=args.separable)
-
-
-def _from_start(args: argparse.Namespace, start: Any, record: dict[str, Any]) -> Any:
-    """The network of a finished or converted checkpoint, to be trained further as a new run."""
-    given = [f"--{name}" for name in _NEW_RUN_OPTIONS if getattr(args, name) is not None]
+    given = [name for name in (*_NEW_RUN_OPTIONS, *_RECIPE_OPTIONS) if getattr(args, name) is not None]
     if given:
-        raise InputError(f"the network comes from {args.resume}; leave out {', '.join(given)}")
-    record["started_from"] = start.record
-    return start.model
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{args.resume} is an unfinished run and continues as it began; leave out {flags}")
+    record = start.record
+    missing = {"dataset", "dataset_sha256", "recipe", "seed", "history", "snapshots", "trained_on"} - record.keys()
+    if missing:
+        raise InputError(f"{args.resume} is inconsistent: its record has no {', '.join(sorted(missing))}")
+    if args.dataset.lower() != record["dataset"]:
+        raise InputError(f"{args.resume} was being trained on {record['dataset']!r}, not {args.dataset!r}")
+    out = Path(args.resume) if args.out is None else check_output(args.out, force=args.force)
+    return _Run(start.model, Recipe.from_dict(record["recipe"]), record, out, resume)
 
 
-def _snapshot_epochs(text: str | None, epochs: int) -> list[int]:
+def _check_new(args: argparse.Namespace) -> Path:
+    """Where a new run is written. What is wrong with its options is said before its data is read."""
+    from .files import check_output
+
+    if args.resume is not None:
+        given = [f"--{name}" for name in _NEW_RUN_OPTIONS if getattr(args, name) is not None]
+        if given:
+            raise InputError(f"the network comes from {args.resume}; leave out {', '.join(given)}")
+        default = Path(args.resume).stem + "-retrained"
+    elif args.model is None:
+        raise InputError(f"--model is missing; accepted: {_MODEL_NAMES} (or --resume CKPT)")
+    else:
+        default = _new_model(args).spec.name
+    name = f"{default}-{args.dataset.lower()}-seed{args.seed or 0}.pt" if args.out is None else args.out
+    out = check_output(name, force=args.force)
+    if out.is_dir():
+        raise InputError(f"cannot write {out}: it is a directory")
+    if _snapshot_epochs(args):
+        if not out.suffix:
+            raise InputError(f"--snapshots go to the folder named as --out without suffix; {out} has none to lose")
+        check_output(out.with_suffix(""), force=args.force)
+    return out
+
+
+def _new_model(args: argparse.Namespace, **data: int) -> Model:
+    from .models import create_model
+
+    return create_model(args.model, group=args.group, width=args.width, separable=args.separable, **data)
+
+
+def _begun(args: argparse.Namespace, start: Checkpoint | None, data: Dataset, out: Path) -> _Run:
+    """A new run: of a new network, or of the one in a finished or converted checkpoint."""
+    import torch
+
+    from .training import Recipe
+
+    epochs = Recipe.epochs if args.epochs is None else args.epochs
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=args.batch_size or Recipe.batch_size,
+        learning_rate=Recipe.learning_rate if args.lr is None else args.lr,
+        weight_decay=Recipe.weight_decay if args.weight_decay is None else args.weight_decay,
+        decay_epoch=round(0.8 * epochs),
+    )
+    seed, channels = args.seed or 0, data.train.images.shape[1]
+    torch.manual_seed(seed)
+    model = _new_model(args, in_channels=channels, classes=data.classes) if start is None else start.model
+    if (model.spec.in_channels, model.spec.classes) != (channels, data.classes):
+        raise InputError(
+            f"{model.spec.name} takes {model.spec.in_channels} channels and {model.spec.classes} classes; "
+            f"{data.name} has {channels} and {data.classes}"
+        )
+    record: dict[str, Any] = {
+        "dataset": data.name,
+        "dataset_description": data.description,
+        "dataset_sha256": data.sha256,
+        "trained_on": "train and validation" if args.all_data else "train",
+        "seed": seed,
+        "recipe": recipe.to_dict(),
+        "snapshots": _snapshot_epochs(args),
+        "history": [],
+    }
+    if start is not None:
+        record["started_from"] = start.record
+    return _Run(model, recipe, record, out)
+
+
+def _snapshot_epochs(args: argparse.Namespace) -> list[int]:
+    from .training import Recipe
+
+    text, epochs = args.snapshots, Recipe.epochs if args.epochs is None else args.epochs
     try:
         wanted = sorted({int(item) for item in text.split(",")}) if text else []
     except ValueError:

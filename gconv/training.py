@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import InputError
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from .data import Split
@@ -77,17 +78,14 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: st
     if count == 0:
         raise InputError("the data set has no images to evaluate on")
     like = next(model.parameters())
-    was_training = model.training
-    model.eval()
     loss = wrong = 0.0
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         hide = True if label is None else None  # None: hidden where stderr is not a terminal
         for start in tqdm(range(0, count, batch_size), desc=label, disable=hide, leave=False, unit="batch"):
             labels = split.labels[start : start + batch_size].to(like.device)
             scores = model(split.images[start : start + batch_size].to(like))
             loss += F.cross_entropy(scores, labels, reduction="sum").item()
             wrong += (scores.argmax(1) != labels).sum().item()
-    model.train(was_training)
     return Score(loss / count, 100 * wrong / count, count)
 
 
@@ -129,7 +127,7 @@ def fit(
         optimizer.load_state_dict(resume["optimizer"])
         start = resume["epochs_done"]
     images, labels = train.images.to(like), train.labels.to(like.device)
-    steps = -(-len(labels) // recipe.batch_size)
+    steps = len(_batches(torch.arange(len(labels)), recipe.batch_size))
     history: list[dict[str, Any]] = []
     # disable=None: no bar where stderr is not a terminal; one line an epoch is printed there instead.
     bar = tqdm(total=recipe.epochs * steps, initial=start * steps, desc=label, unit="step", disable=None, leave=False)
@@ -142,7 +140,7 @@ def fit(
             order = torch.randperm(len(labels), generator=generator).to(like.device)
             model.train()
             loss_sum = wrong = 0.0
-            for batch in order.split(recipe.batch_size):
+            for batch in _batches(order, recipe.batch_size):
                 scores = model(images[batch])
                 loss = F.cross_entropy(scores, labels[batch])
                 optimizer.zero_grad(set_to_none=True)
@@ -171,6 +169,17 @@ def fit(
                 print(f"{label}: epoch {epoch + 1}/{recipe.epochs}, {shown}, {row['seconds']:.1f} s", file=sys.stderr)
             after_epoch(row, {"optimizer": optimizer.state_dict(), "epochs_done": epoch + 1})
     return history
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """Batches of ``size`` and a last one of what is left; a single image left over joins the batch before it.
+
+    Batch norm cannot be trained on one image whose map has one pixel.
+    """
+    batches = list(order.split(size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.allocation import Budget, choose, energy_curves, forms_named
 from gconv import FORMS, GROUPS, GConv2d, InputError, SeparableGConv2d
 
 every_form = pytest.mark.parametrize("form", FORMS)
+few = settings(max_examples=40)  # each tries every rank of every form
 
 
 @st.composite
@@ -98,6 +99,7 @@ def test_an_unknown_form_is_refused():
 # --- choices
 
 
+@few
 @given(layers())
 def test_curves_say_what_the_factored_filter_keeps(layer):
     curves = energy_curves(layer)
@@ -108,6 +110,7 @@ def test_curves_say_what_the_factored_filter_keeps(layer):
 
 
 @every_form
+@few
 @given(layer=layers(), energy=st.floats(0.05, 1))
 def test_a_form_gets_the_smallest_rank_that_keeps_the_energy(form, layer, energy):
     option = chosen(layer, form, energy=energy).option
@@ -121,6 +124,7 @@ def test_a_form_gets_the_smallest_rank_that_keeps_the_energy(form, layer, energy
 
 
 @every_form
+@few
 @given(layer=layers(), rank=st.integers(1, 20))
 def test_a_form_gets_the_rank_or_its_largest(form, layer, rank):
     option = chosen(layer, form, rank=rank).option
@@ -128,6 +132,7 @@ def test_a_form_gets_the_rank_or_its_largest(form, layer, rank):
 
 
 @every_form
+@few
 @given(layer=layers(), budget=st.one_of(st.builds(dict, rank=st.integers(1, 20)), st.just({"energy": 0.9})))
 def test_a_form_that_is_asked_for_is_refused_only_where_there_is_nothing_to_do(form, layer, budget):
     choice = chosen(layer, form, **budget)
@@ -140,6 +145,7 @@ def test_a_form_that_is_asked_for_is_refused_only_where_there_is_nothing_to_do(f
         assert (f"{more:,} parameters more" in choice.why) == (more > 0)
 
 
+@few
 @given(layer=layers(), energy=st.floats(0.3, 1))
 def test_auto_within_an_energy_takes_the_fewest_parameters(layer, energy):
     option = chosen(layer, "auto", energy=energy).option
@@ -148,6 +154,7 @@ def test_auto_within_an_energy_takes_the_fewest_parameters(layer, energy):
     assert (None if option is None else option.parameters) == min(smaller, default=None)
 
 
+@few
 @given(layer=layers(), rank=st.integers(1, 10))
 def test_auto_at_a_rank_loses_least_energy_per_parameter_saved(layer, rank):
     option = chosen(layer, "auto", rank=rank).option

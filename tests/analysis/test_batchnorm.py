@@ -52,8 +52,11 @@ def twin(model, batches):
             shape = (-1, *[1] * (x.dim() - 2))
             scale = layer.weight / (biased + layer.eps).sqrt()
             x = (x - mean.view(shape)) * scale.view(shape) + layer.bias.view(shape)
-    averages = {place: [torch.stack(parts).mean(0) for parts in zip(*rows, strict=True)] for place, rows in seen.items()}
-    return {place: average for place, average in averages.items() if model[place].track_running_stats}
+    return {
+        place: [torch.stack(parts).mean(0) for parts in zip(*rows, strict=True)]
+        for place, rows in seen.items()
+        if model[place].track_running_stats
+    }
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,8 @@ def test_what_was_there_before_is_forgotten():
         spoilt[place].running_var.fill_(1e6)
     for one in (model, spoilt):
         reestimate_batchnorm(one, x)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), spoilt.state_dict().values(), strict=True))
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in spoilt.state_dict().items())
 
 
 def test_nothing_but_the_statistics_changes():

@@ -157,15 +157,15 @@ def test_the_weight_error_is_the_root_of_the_energy_lost(path, form, rank):
         assert row.weight_error == pytest.approx(math.sqrt(lost), abs=1e-6)
 
 
-def test_a_trained_filter_is_more_separable_than_one_at_initialisation_and_less_than_fully():
-    """The figures that were measured before: p4cnn on rotmnist-regen, mean of layers 2 to 7 at rank 1."""
+def test_training_makes_filters_more_separable_by_what_was_measured_beforehand():
+    """p4cnn on rotmnist-regen, mean of layers 2 to 7 at rank 1, trained and at initialisation."""
     for path, expected in {
         "checkpoints/p4cnn-rotmnist-regen.pt": {"g": 0.60, "gc": 0.40},
         "checkpoints/p4cnn-rotmnist-regen/epoch-000.pt": {"g": 0.47, "gc": 0.20},
     }.items():
         rows = convert(load(path), "g", rank=1)[1].layers
         for form, energy in expected.items():
-            assert sum(row.explained_energy[form][0] for row in rows) / 6 == pytest.approx(energy, abs=0.03)
+            assert sum(row.explained_energy[form][0] for row in rows) / 6 == pytest.approx(energy, abs=0.06)
 
 
 # --- what is chosen
@@ -202,7 +202,7 @@ def test_lifting_and_1x1_layers_are_left_alone():
 
 def test_a_resnet_keeps_its_shortcuts_and_strides():
     model = small("p4", "p4m-resnet44")
-    after, done = convert(model, "gc_in", rank=36)
+    after, done = convert(model, "gc_in", rank=largest_rank(model, "gc_in"))
     unchanged = [row.name for row in done.layers if row.form is None]
     assert unchanged == ["stage2.0.shortcut", "stage3.0.shortcut"]
     assert len(done.layers) == 42 + 2
@@ -286,7 +286,7 @@ def test_a_network_in_float64_stays_in_float64(few):
     model = small().double()
     after, done = convert(model, "gc", rank=8, data=few, test=few, finetune=1)
     assert {tensor.dtype for tensor in after.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
-    assert done.output_error < 1e-1  # conv7 is cut; with float32 images it would not run at all
+    assert done.output_error < 1e-12
 
 
 # --- again
@@ -332,12 +332,9 @@ def test_to_dense_is_the_same_function(under, form):
     dense = to_dense(converted)
     assert {type(layer) for layer in group_layers(dense).values()} == {GConv2d}
     assert relative(logits(dense, images), logits(converted, images)) < 1e-5
-    assert relative(logits(dense.double(), images.double()), logits(to_double(converted), images.double())) < 1e-6
     assert same(converted, before)
-
-
-def to_double(model):
-    return copy.deepcopy(model).double()
+    converted, images = converted.double(), images.double()
+    assert relative(logits(to_dense(converted), images), logits(converted, images)) < 1e-12
 
 
 # --- refused

@@ -202,3 +202,10 @@ def test_a_wrong_input_shape_is_one_line(name, shape):
 def test_an_unknown_execution_is_refused():
     with pytest.raises(InputError, match="unknown execution 'sparse'; accepted: dense, factorized"):
         cost(create_model("p4cnn", width=2), (1, 28, 28), execution="sparse")
+
+
+def test_a_layer_that_runs_twice_is_counted_twice_and_its_parameters_once() -> None:
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    once, twice = (cost(nn.Sequential(*[conv] * runs), (2, 8, 8)) for runs in (1, 2))
+    assert twice.macs_executed == 2 * once.macs_executed == 2 * 64 * 2 * 2 * 9
+    assert twice.parameters == once.parameters == 2 * 2 * 9 + 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -249,3 +250,19 @@ def test_the_environment_is_plain_data():
     assert found["device"] == "cpu"
     assert found["threads"] == torch.get_num_threads()
     assert {type(value) for value in found.values()} == {str, int}
+
+
+def test_one_image_left_over_joins_the_batch_before_it() -> None:
+    model = create_model("z2cnn", width=2)
+    split = Split(torch.rand(5, 1, 28, 28), torch.arange(5))
+    (row,) = fit(model, split, Recipe(epochs=1, batch_size=2, decay_epoch=1), seed=0)
+    assert math.isfinite(row["train_loss"])
+
+
+def test_evaluation_gives_every_part_its_mode_back_also_after_an_error() -> None:
+    model = create_model("p4cnn", width=2).train()
+    model.bn1.eval()
+    evaluate(model, Split(torch.rand(4, 1, 28, 28), torch.arange(4)))
+    with pytest.raises(RuntimeError):
+        evaluate(model, Split(torch.rand(4, 1, 2, 2), torch.arange(4)))
+    assert (model.training, model.bn1.training, model.bn2.training) == (True, False, True)

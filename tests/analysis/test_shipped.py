@@ -1,0 +1,112 @@
+"""The shipped checkpoints: trained as they say, on what they say, with the result that they say."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gconv import Recipe, equivariance_error, evaluate, load_dataset, read
+
+FOLDER = Path("checkpoints")
+PATHS = sorted(FOLDER.glob("*.pt"))
+SNAPSHOTS = sorted(FOLDER.glob("*/epoch-*.pt"))
+ON_DIGITS = [path for path in PATHS if path.stem.endswith("-rotdigits")]
+every_checkpoint = pytest.mark.parametrize("path", PATHS, ids=str)
+PUBLISHED = {
+    "optimizer": "adam",
+    "learning_rate": 1e-2,
+    "weight_decay": 1e-5,
+    "batch_size": 256,
+    "epochs": 50,
+    "decay_epoch": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("rotdigits")
+
+
+def test_what_is_promised_is_there():
+    promised = {"p4cnn-rotdigits", "p4cnn-rotmnist-regen", "p4m-cnn-rotdigits"}
+    assert promised <= {path.stem for path in PATHS}
+    assert {path.parent.name for path in SNAPSHOTS} >= {"p4cnn-rotmnist-regen", "p4m-cnn-rotdigits"}
+
+
+@every_checkpoint
+def test_architecture(path):
+    spec = read(path).model.spec
+    name, _, dataset = path.stem.partition("-rot")
+    assert {"p4cnn": ("p4cnn", "p4", (10,)), "p4m-cnn": ("p4cnn", "p4m", (7,))}[name] == (
+        spec.name, spec.group, spec.widths
+    )  # fmt: skip
+    assert read(path).record["dataset"] == f"rot{dataset}"
+
+
+@every_checkpoint
+def test_the_recipe_is_the_published_one(path):
+    checkpoint = read(path)
+    record = checkpoint.record
+    assert record["recipe"] == PUBLISHED == Recipe().to_dict()
+    assert record["seed"] == 0
+    assert record["trained_on"] == "train and validation"
+    assert re.fullmatch("[0-9a-f]{64}", record["dataset_sha256"])
+    assert checkpoint.resume is None
+
+
+@every_checkpoint
+def test_the_history_is_whole(path):
+    history = read(path).record["history"]
+    assert [row["epoch"] for row in history] == list(range(1, 51))
+    assert [row["learning_rate"] for row in history] == pytest.approx([1e-2] * 40 + [1e-3] * 10)
+    assert all(math.isfinite(row["train_loss"]) and 0 <= row["train_error"] <= 100 for row in history)
+    assert history[-1]["train_loss"] < history[0]["train_loss"] / 100
+
+
+@every_checkpoint
+def test_the_class_scores_are_invariant(path):
+    model = read(path).model
+    report = equivariance_error(model.double(), model.spec.group, torch.rand(2, *model.input_shape).double())
+    assert len(report.errors) == {"p4": 4, "p4m": 8}[model.spec.group]
+    assert report.max <= 1e-12
+    assert report.inexact == ()
+
+
+@pytest.mark.parametrize("path", ON_DIGITS, ids=str)
+def test_the_recorded_test_error_is_what_the_network_has(path, digits):
+    model, record = read(path).model, read(path).record
+    assert record["dataset_sha256"] == digits.sha256
+    assert record["train_images"] == len(digits.train_and_validation.labels)
+    assert record["test_images"] == len(digits.test.labels)
+    score = evaluate(model, digits.test)
+    assert score.error == pytest.approx(record["test_error"], abs=1.001 * 100 / score.images)  # one image
+    assert score.loss == pytest.approx(record["test_loss"], rel=1e-3)
+    assert record["test_error"] < 6
+
+
+def test_the_large_one_was_tested_on_all_images():
+    record = read(FOLDER / "p4cnn-rotmnist-regen.pt").record
+    assert (record["train_images"], record["test_images"]) == (12_000, 50_000)
+    wrong = record["test_error"] / 100 * 50_000
+    assert wrong == pytest.approx(round(wrong))
+    assert record["test_error"] < 3
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SNAPSHOTS}), ids=str)
+def test_snapshots_are_those_of_the_record(folder):
+    final = read(folder.with_suffix(".pt"))
+    paths = sorted(folder.iterdir())
+    assert paths == [folder / f"epoch-{epoch:03d}.pt" for epoch in final.record["snapshots"]]
+    for path, epoch in zip(paths, final.record["snapshots"], strict=True):
+        snapshot = read(path)
+        assert snapshot.record["epoch"] == epoch
+        assert snapshot.record["history"] == final.record["history"][:epoch]
+        assert repr(snapshot.model) == repr(final.model)
+        same = [torch.equal(a, b.half().float()) for a, b in _weights(snapshot.model, final.model)]
+        assert all(same) == (epoch == 50)
+
+
+def _weights(*models):
+    return zip(*(model.parameters() for model in models), strict=True)
