@@ -13,7 +13,8 @@ A solid line with markers is the trained network; the dashed line and the shadin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import product
+from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +32,7 @@ from gconv.groups import group
 from .irreps import irreps
 from .table import NETWORK, Redundancy
 
-Table = Redundancy | pd.DataFrame
+Table: TypeAlias = Redundancy | pd.DataFrame
 
 # What the heatmap shows unless told: measure and part; of a spectrum, its value at rank 1.
 MEASURES = (
@@ -74,7 +75,7 @@ def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
         axis.set(title=f"form {form}", xlabel="rank", ylim=(0, 1.03))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("explained energy")
-    columns = 1 + (len(layers) - 1) // 22
+    columns = 1 + (len(layers) - 1) // 15
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, ncols=columns)
     return figure
 
@@ -90,7 +91,7 @@ def plot_explained_energy(
     """
     rows = _rows(_last(table), measure, part)
     ax = canvas(ax, 6, 3.6)
-    for _, of_layer, style in _by_layer(rows, ax):
+    for _, of_layer, style in _by_layer(rows):
         _line(ax, of_layer["rank"], of_layer, **style)
     ax.set(xlabel="rank", ylabel=measure.replace("_", " "), title=part, ylim=(0, 1.03))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -152,7 +153,7 @@ def plot_against_epoch(
         raise InputError("the table has no epochs; accepted: what redundancy_over_epochs gives")
     rows = _rows(frame, measure, part, rank)
     ax = canvas(ax, 6, 3.6)
-    for _, of_layer, style in _by_layer(rows, ax):
+    for _, of_layer, style in _by_layer(rows):
         _line(ax, of_layer["epoch"], of_layer, **style)
     whole = rows[rows["layer"] == NETWORK]
     ax.plot(whole["epoch"], whole["value"], color=_ink(), lw=3, label="network", zorder=3)
@@ -178,7 +179,7 @@ def plot_irreps(table: Table, *, turned: bool = False, legend: bool = True, ax: 
     layers = rows["layer"][rows["layer"] != NETWORK].nunique()
     width = 0.84 / max(layers, 1)
     ax = canvas(ax, float(np.clip(3 + 0.12 * layers * len(names), 6, 14)), 3.6)
-    for number, of_layer, style in _by_layer(rows, ax):
+    for number, of_layer, style in _by_layer(rows):
         middle = of_layer["part"].map(names.index) + width * (number - (layers - 1) / 2)
         expected = {irrep.name: irrep.share for irrep in irreps(group(of_layer["group"].iloc[0]))}
         ax.bar(middle, of_layer["value"], 0.85 * width, color=style["color"], label=style["label"])
@@ -203,30 +204,32 @@ def plot_measures(table: Table, measures: Sequence[tuple[str, str]] = MEASURES, 
         measures: pairs of measure and part.
     """
     rows = _last(table)
-    rows = rows[rows["rank"].isna() | rows["rank"].eq(1)].set_index(["layer", "measure", "part"])
-    layers = list(rows.index.unique("layer"))
-    columns = [key for key in measures if key in rows.index.droplevel("layer")]
-    rows = rows.reindex(pd.MultiIndex.from_tuples((layer, *key) for layer in layers for key in columns))
-    value, null, low, high = (
-        rows[name].to_numpy(float).reshape(len(layers), len(columns))
-        for name in ("value", "init_mean", "init_low", "init_high")
-    )
-    learned = (value - null) / (1 - null)
+    wanted = rows.set_index(["measure", "part"]).index.isin(measures)
+    rows = rows[wanted & (rows["rank"].isna() | rows["rank"].eq(1))]
+    found = {(row.layer, row.measure, row.part): row for row in rows.itertuples()}
+    layers = list(rows["layer"].unique())
+    columns = [key for key in measures if any((layer, *key) in found for layer in layers)]
     ax = canvas(ax, 1.5 + 0.85 * len(columns), 1.6 + 0.3 * len(layers))
-    picture = ax.pcolormesh(learned, cmap="cividis", vmin=0, vmax=1, edgecolors=ax.get_facecolor(), lw=1.5)
-    for at, number in np.ndenumerate(value):
-        ink = _ink() if np.isnan(learned[at]) else "black" if _light(picture.cmap(learned[at])) else "white"
-        text = "" if np.isnan(number) else f"({number:.2f})" if low[at] <= number <= high[at] else f"{number:.2f}"
-        ax.text(at[1] + 0.5, at[0] + 0.5, text, color=ink, ha="center", va="center", size=9)
-    names = [f"{measure}_{part}".replace("_", "\n").replace("gc\nin", "gc_in") for measure, part in columns]
-    ax.set_xticks(np.arange(len(columns)) + 0.5, names, size=9)
-    ax.set_yticks(np.arange(len(layers)) + 0.5, layers, size=9)
-    ax.tick_params(length=0, labeltop=True, labelbottom=False)
-    ax.invert_yaxis()
-    ax.grid(visible=False)
+    learned = np.full((len(layers), len(columns)), np.nan)
+    cividis = plt.get_cmap("cividis")
+    for (y, layer), (x, key) in product(enumerate(layers), enumerate(columns)):
+        if (row := found.get((layer, *key))) and not np.isnan(row.value):
+            learned[y, x] = (row.value - row.init_mean) / (1 - row.init_mean)
+            ink = _ink() if np.isnan(learned[y, x]) else "black" if _light(cividis(learned[y, x])) else "white"
+            text = f"{round(row.value, 2) + 0:.2f}"  # no -0.00
+            text = f"({text})" if row.init_low <= row.value <= row.init_high else text
+            ax.text(x + 0.5, y + 0.5, text, color=ink, ha="center", va="center", size=9)
     if np.isfinite(learned).any():
-        ax.figure.colorbar(picture, ax=ax, label="learned redundancy (0: chance)", extend="min", pad=0.01)
-    return ax
+        picture = ax.pcolormesh(learned, cmap=cividis, vmin=0, vmax=1, edgecolors=ax.get_facecolor(), lw=1.5)
+        bar = ax.figure.colorbar(picture, ax=ax, extend="min", pad=0.01, aspect=3 * len(layers))
+        bar.set_label("learned redundancy (0: chance)")
+    names = [f"{measure}_{part}".replace("_", "\n").replace("gc\nin", "gc_in") for measure, part in columns]
+    ax.set_xticks([x + 0.5 for x in range(len(columns))], names, size=9)
+    ax.set_yticks([y + 0.5 for y in range(len(layers))], layers, size=9)
+    ax.set(xlim=(0, len(columns) or 1), ylim=(len(layers) or 1, 0))
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.grid(visible=False)
+    return _finished(ax, rows, legend=False)
 
 
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:
@@ -249,15 +252,15 @@ def _rows(frame: pd.DataFrame, measure: str, part: str | None = None, rank: int 
     return rows if rank is None else rows[rows["rank"].isna() | rows["rank"].eq(rank)]
 
 
-def _by_layer(rows: pd.DataFrame, ax: Axes) -> Iterator[tuple[int, pd.DataFrame, dict[str, Any]]]:
+def _by_layer(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame, dict[str, Any]]]:
     """The rows of each layer, numbered, and how it is drawn; the network is left out."""
     layers = list(rows["layer"][rows["layer"] != NETWORK].unique())
     step = -(-len(layers) // _NAMED)
     # The ends of the map that would sink into the background are left out.
-    shades = np.linspace(*((0.3, 1) if _light(_ink()) else (0, 0.82)), len(layers))
+    first, last = (0.3, 1.0) if _light(_ink()) else (0.0, 0.82)
     for number, layer in enumerate(layers):
         style = {
-            "color": plt.get_cmap("viridis")(shades[number]),
+            "color": plt.get_cmap("viridis")(first + (last - first) * number / max(len(layers) - 1, 1)),
             "marker": _MARKERS[number % len(_MARKERS)],
             "label": layer if number % step == 0 else "",
         }

@@ -5,6 +5,7 @@ from pathlib import Path
 import analysis
 import gconv
 from analysis.screen import _change
+from benchmarks import plain_conversion
 from gconv.catalog import table
 
 ROOT = Path(__file__).parents[1]
@@ -13,6 +14,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_checkpoint_table_is_what_the_catalog_prints() -> None:
     assert table(sorted(map(str, (ROOT / "checkpoints").glob("*.pt")))) in README
+
+
+def test_conversion_table_is_made_from_the_records() -> None:
+    assert plain_conversion.table() in README
 
 
 def test_demo_block_is_what_the_demo_measures() -> None:

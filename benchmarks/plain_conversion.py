@@ -1,0 +1,54 @@
+"""What plain conversion costs: a trained P4CNN, truncated by SVD, with and without re-estimating batch norm.
+
+From the root of the repository: ``python -m benchmarks.plain_conversion run`` converts the checkpoint below at every
+form and rank and keeps the reports (where there is one, that is skipped), and ``… table`` prints the table in README.md.
+A run needs the data set rotmnist-regen and a few minutes for each row.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from analysis.decompose import main as decompose
+
+CHECKPOINT = "checkpoints/p4cnn-rotmnist-regen.pt"
+RECORDS = Path(__file__).parent / "records" / "plain-conversion"
+RUNS = (("g", 3), ("g", 1), ("gc", 1))
+
+
+def record(form: str, rank: int) -> None:
+    """Convert once and keep the report."""
+    with tempfile.TemporaryDirectory() as out:
+        options = ["--form", form, "--rank", str(rank), "--data", "rotmnist-regen", "--out", out, "--force"]
+        if decompose([CHECKPOINT, *options]):
+            sys.exit(1)
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(out, "report.json"), RECORDS / f"{form}-{rank}.json")
+
+
+def table() -> str:
+    """The records as a Markdown table, in the order of ``RUNS``."""
+    lines = ["| form, rank | parameters | MACs, published | test error: before | converted | batch norm re-estimated |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for form, rank in RUNS:
+        path = RECORDS / f"{form}-{rank}.json"
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            errors = [f"{report['accuracy'][stage]:.2f} %" for stage in ("before", "converted", "batch_norm")]
+            sizes = [f"{before:,} → {after:,}" for before, after in (report["parameters"], report["macs_published"])]
+            lines.append(f"| {form}, {rank} | {' | '.join(sizes + errors)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["run"]:
+        for form, rank in RUNS:
+            if not (RECORDS / f"{form}-{rank}.json").exists():
+                record(form, rank)
+    elif sys.argv[1:] != ["table"]:
+        sys.exit("usage: python -m benchmarks.plain_conversion run|table")
+    print(table())
