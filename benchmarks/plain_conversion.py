@@ -1,7 +1,7 @@
 """What plain conversion costs: a trained P4CNN, truncated by SVD, with and without re-estimating batch norm.
 
 From the root of the repository: ``python -m benchmarks.plain_conversion run`` converts the checkpoint below at every
-form and rank and keeps the reports (where there is one, that is skipped), and ``… table`` prints the table in README.md.
+form and rank and keeps the reports (where there is one, that is skipped), and ``… table`` prints README.md's table.
 A run needs the data set rotmnist-regen and a few minutes for each row.
 """
 

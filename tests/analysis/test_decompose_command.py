@@ -25,7 +25,7 @@ from gconv import Split, create_model, evaluate, load, read, save
 from gconv.checkpoint import layer_choices
 
 PROG = decompose.PROG
-SHIPPED = Path("checkpoints/p4cnn-rotdigits.pt").resolve()
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "p4cnn-rotdigits.pt"
 RESULTS = ["converted.pt", "report.json", "spectra.png"]
 
 
@@ -77,13 +77,13 @@ def digits():
 
 @pytest.fixture
 def few(digits, monkeypatch):
-    """``--data rotdigits`` with 60 images a split."""
+    """``--data rotdigits`` with fewer images; those for training make two steps."""
 
-    def first(split):
-        return Split(split.images[:60], split.labels[:60])
+    def first(split, count):
+        return Split(split.images[:count], split.labels[:count])
 
-    splits = {name: first(getattr(digits, name)) for name in ("train", "validation", "test")}
-    data = dataclasses.replace(digits, **splits)
+    sizes = {"train": 300, "validation": 60, "test": 60}
+    data = dataclasses.replace(digits, **{name: first(getattr(digits, name), count) for name, count in sizes.items()})
     monkeypatch.setattr(gconv.data, "load_dataset", {"rotdigits": data}.__getitem__)
     return data
 
@@ -189,12 +189,10 @@ def test_fine_tuning_is_reported_as_saved(few):
 
 def test_the_same_command_writes_the_same_network(few):
     command = [small(), "--form", "gc", "--rank", 1, "--data", "rotdigits", "--finetune", 1]
-    files = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(*command, "--seed", seed, "--out", name).code == 0
-        files.append(Path(name, "converted.pt").read_bytes())
-    assert files[0] == files[1]
-    assert files[0] != files[2]
+    assert Path("a/converted.pt").read_bytes() == Path("b/converted.pt").read_bytes()
+    assert not torch.equal(load("a/converted.pt").fc.weight, load("c/converted.pt").fc.weight)
 
 
 @pytest.mark.parametrize("record", [{"trained_on": "train and validation"}, {"trained_on": "train"}, {}], ids=str)
@@ -434,7 +432,6 @@ def test_from_the_shell_a_mistake_is_one_line_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "analysis.decompose", "missing.pt"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert tuple(done.args[3:]) == ("missing.pt",)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{PROG}: error: missing.pt does not exist\n")
 
 

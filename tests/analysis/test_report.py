@@ -81,9 +81,12 @@ def test_the_output_error_is_measured_before_batch_norm_is_re_estimated(train):
 
 
 def test_an_inexact_architecture_is_reported_as_such():
-    model = create_model("p4m-resnet44", group="p4", width=1)
-    _, report = convert(model, "g", rank=1)
-    assert min(report.equivariance_error) > 1e-6
+    model = create_model("p4m-resnet44", group="p4", width=1).eval()
+    after, report = convert(model, "g", rank=1)
+    image = torch.rand(16, *model.input_shape, generator=torch.Generator().manual_seed(0))[:1].double()
+    errors = [equivariance_error(one.double(), "p4", image).max for one in (model, after)]
+    assert min(errors) > 1e-6
+    assert report.equivariance_error == pytest.approx(errors, rel=1e-9)
 
 
 def test_latency_says_how_it_was_measured():

@@ -9,11 +9,11 @@ import torch
 
 from gconv import Recipe, equivariance_error, evaluate, load_dataset, read
 
-FOLDER = Path("checkpoints")
+FOLDER = Path(__file__).parents[2] / "checkpoints"
 PATHS = sorted(FOLDER.glob("*.pt"))
 SNAPSHOTS = sorted(FOLDER.glob("*/epoch-*.pt"))
 ON_DIGITS = [path for path in PATHS if path.stem.endswith("-rotdigits")]
-every_checkpoint = pytest.mark.parametrize("path", PATHS, ids=str)
+every_checkpoint = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 PUBLISHED = {
     "optimizer": "adam",
     "learning_rate": 1e-2,
@@ -74,7 +74,7 @@ def test_the_class_scores_are_invariant(path):
     assert report.inexact == ()
 
 
-@pytest.mark.parametrize("path", ON_DIGITS, ids=str)
+@pytest.mark.parametrize("path", ON_DIGITS, ids=lambda path: path.stem)
 def test_the_recorded_test_error_is_what_the_network_has(path, digits):
     model, record = read(path).model, read(path).record
     assert record["dataset_sha256"] == digits.sha256
@@ -94,7 +94,7 @@ def test_the_large_one_was_tested_on_all_images():
     assert record["test_error"] < 3
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in SNAPSHOTS}), ids=str)
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SNAPSHOTS}), ids=lambda folder: folder.name)
 def test_snapshots_are_those_of_the_record(folder):
     final = read(folder.with_suffix(".pt"))
     paths = sorted(folder.iterdir())
