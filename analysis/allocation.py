@@ -8,7 +8,7 @@ from numbers import Real
 
 from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.errors import InputError
-from gconv.separable import FORMS, FilterShape, Form, form_named
+from gconv.separable import FORMS, Form, form_named
 
 from .spectra import block_energies, explained_energy
 
@@ -18,12 +18,21 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a layer: a form and rank, the share of the filter's energy kept, and the factors' parameters."""
+    """One way to run a layer.
+
+    Attributes:
+        form: the separable form.
+        rank: its rank.
+        energy: the share of the filter's energy that is kept.
+        parameters: of the factors.
+        macs: for one image, as executed.
+    """
 
     form: Form
     rank: int
     energy: float
     parameters: int
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -75,44 +84,69 @@ def energy_curves(layer: GConv2d | SeparableGConv2d) -> dict[str, list[float]]:
 
 
 def choose(
-    layer: GConv2d | SeparableGConv2d, curves: dict[str, list[float]], forms: Iterable[Form], budget: Budget
+    layer: GConv2d | SeparableGConv2d,
+    curves: dict[str, list[float]],
+    forms: Iterable[Form],
+    budget: Budget,
+    positions: tuple[int, int],
 ) -> Choice:
     """The choice for one layer.
 
     One form asked for: its smallest rank within the budget, even where that has more parameters than before. Several:
-    only options smaller than the layer at present compete. Under ``energy`` the one with the fewest parameters wins;
-    under ``rank`` the one that saves most parameters per share of energy lost.
+    only options with fewer parameters than the layer at present, and no more MACs as executed, compete. Under
+    ``energy`` the one with the fewest parameters wins, and of equals the one that keeps more; under ``rank`` the one
+    that saves most parameters per share of energy lost.
+
+    Args:
+        layer: a layer from group to group.
+        curves: what :func:`energy_curves` gives for it.
+        forms: those asked for.
+        budget: what may be kept.
+        positions: of the layer's input map and output map (:class:`gconv.LayerCost`).
     """
     shape = layer.filter_shape
     if shape.k == 1:
         return Choice(None, "1x1: nothing to separate")
     present = _present_parameters(layer)
-    within = [_smallest(form, curves[form.name], shape, budget) for form in forms]
+    within = [_smallest(form, curves[form.name], layer, budget, positions) for form in forms]
     if len(within) == 1:
         (option,) = within
         if isinstance(layer, SeparableGConv2d) and layer.form.name == option.form.name and layer.rank <= option.rank:
             return Choice(None, f"already {layer.form.name} of rank {layer.rank}")
         larger = f", {option.parameters - present:,} parameters more" if option.parameters > present else ""
         return Choice(option, f"as asked{larger}")
-    smaller = [option for option in within if option.parameters < present]
+    most = _executed(layer.macs(), positions)
+    smaller = [option for option in within if option.parameters < present and option.macs <= most]
     if not smaller:
-        return Choice(None, "no separable form within the budget is smaller")
+        return Choice(None, "no form is smaller")
     if budget.rank is None:
-        return Choice(min(smaller, key=lambda option: option.parameters), "fewest parameters")
+        return Choice(min(smaller, key=lambda option: (option.parameters, -option.energy)), "fewest parameters")
     return Choice(
         min(smaller, key=lambda option: max(1 - option.energy, _ROUNDING) / (present - option.parameters)),
         "least energy lost per parameter saved",
     )
 
 
-def _smallest(form: Form, curve: list[float], shape: FilterShape, budget: Budget) -> Option:
+def _smallest(
+    form: Form,
+    curve: list[float],
+    layer: GConv2d | SeparableGConv2d,
+    budget: Budget,
+    positions: tuple[int, int],
+) -> Option:
+    shape = layer.filter_shape
     if budget.rank is not None:
         rank = min(budget.rank, len(curve))
     else:
         assert budget.energy is not None
         target = budget.energy - _ROUNDING
         rank = next((r for r, kept in enumerate(curve, start=1) if kept >= target), len(curve))
-    return Option(form, rank, curve[rank - 1], form.parameters(shape, rank))
+    by_map = form.macs_by_map(shape, rank) if form.default_execution == "factorized" else (0, layer.dense_macs)
+    return Option(form, rank, curve[rank - 1], form.parameters(shape, rank), _executed(by_map, positions))
+
+
+def _executed(by_map: tuple[int, int], positions: tuple[int, int]) -> int:
+    return by_map[0] * positions[0] + by_map[1] * positions[1]
 
 
 def _present_parameters(layer: GConv2d | SeparableGConv2d) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv.conv import GConv2d, SeparableGConv2d
+from gconv.cost import cost
 from gconv.data import Split
 from gconv.errors import InputError
 from gconv.training import Recipe, evaluate, fit
@@ -42,9 +43,9 @@ def convert(
 
     Args:
         model: a trained network with layers of this package; it is not changed.
-        form: ``g``, ``gc`` or ``gc_in`` for every layer; or ``auto``, per layer and only where it makes the layer
-            smaller: within ``energy`` the form with the fewest parameters, at ``rank`` the form that saves most
-            parameters per energy lost.
+        form: ``g``, ``gc`` or ``gc_in`` for every layer; or ``auto``, per layer and only where that has fewer
+            parameters and no more MACs: within ``energy`` the form with the fewest parameters, at ``rank`` the form
+            that saves most parameters per energy lost.
         rank: the rank of every layer (or the layer's largest, if that is smaller).
         energy: the share of its energy that every layer keeps, at the smallest rank that does (default 0.95).
         data: training images with labels, a :class:`gconv.Split` or a loader of batches: batch norm is re-estimated
@@ -78,11 +79,16 @@ def convert(
         if budget.rank > largest:
             raise InputError(f"rank {budget.rank} is above the largest of form {form} here; accepted: 1 to {largest}")
 
+    size = input_shape or getattr(model, "input_shape", None) or (train and train.images.shape[1:])
+    if not size:
+        raise InputError("the size of an image is unknown; give input_shape, such as (1, 28, 28), or data")
+
     before, after = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    costs = {row.name: row for row in cost(before, size).layers}
     report = ConversionReport({"form": form.lower(), **asdict(budget)}, [])
     for name, layer in _group_layers(after).items():
         curves = energy_curves(layer)
-        choice = choose(layer, curves, forms, budget)
+        choice = choose(layer, curves, forms, budget, costs[name].positions)
         row = LayerReport(
             name, layer.group.name, tuple(layer.weight.shape), curves, None, None, choice.why, weight_error=0.0
         )
@@ -93,10 +99,9 @@ def convert(
             after.set_submodule(name, separable)
         report.layers.append(row)
 
-    shape = input_shape or getattr(model, "input_shape", None) or (train and train.images.shape[1:])
-    if not shape:
-        raise InputError("the size of an image is unknown; give input_shape, such as (1, 28, 28), or data")
-    report.measure(before, after, shape, next(iter(layers.values())).group, seed)
+    if all(row.form is None for row in report.layers):
+        report.notes.append("nothing was converted; a smaller --rank or --energy, or one --form for all, would be")
+    report.measure(before, after, size, next(iter(layers.values())).group, seed)
     _recover(report, before, after, train, test, finetune, seed)
     return after.eval(), report
 
@@ -127,13 +132,13 @@ def _recover(
             stages[stage] = evaluate(network, test, label=f"testing ({stage})").error
 
     if test is None:
-        report.notes.append("accuracy was not measured: there are no test images")
+        report.notes.append("accuracy was not measured: no test images were given (--data)")
     else:
         stages["test_images"] = len(test.labels)
     score("before", before)
     score("converted", after)
     if train is None:
-        report.notes.append("batch norm was not re-estimated: there are no training images")
+        report.notes.append("batch norm was not re-estimated: no training images were given (--data)")
         return
     reestimate_batchnorm(after, train.images)
     score("batch_norm", after)
@@ -152,9 +157,9 @@ def _group_layers(model: nn.Module) -> dict[str, GConv2d | SeparableGConv2d]:
 def _as_split(data: Split | Iterable[tuple[Tensor, Tensor]]) -> Split:
     if isinstance(data, Split):
         return data
-    batches = list(data)
+    batches = list(data) if isinstance(data, Iterable) else []
     if not batches:
-        raise InputError("the data has no batches; accepted: images with labels")
+        raise InputError("data has no images; accepted: a Split, such as Dataset.train, or a loader of batches")
     images, labels = zip(*batches, strict=True)
     return Split(torch.cat(images), torch.cat(labels))
 

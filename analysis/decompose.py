@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,8 @@ def _command(args: argparse.Namespace) -> None:
         **report.to_dict(),
     }
     conversion = {key: document[key] for key in ("data", "seed", "request", "accuracy", "environment")}
-    _write(paths, converted, {"converted_from": source.record, "conversion": conversion}, document)
+    record = {"trained_on": source.record.get("trained_on"), "conversion": conversion, "converted_from": source.record}
+    _write(paths, converted, record, document)
 
     from .screen import print_report
 
@@ -137,7 +139,7 @@ def _data(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Split |
 
 
 def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], document: dict[str, Any]) -> None:
-    """Write the three results, each whole or not at all, and make sure that the saved network is the one reported."""
+    """Write the three results, all or none, and make sure that the saved network is the one reported."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -150,16 +152,16 @@ def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], docum
 
     from .plots import plot_spectra
 
-    checkpoint.save(converted, paths["converted.pt"], record=record)
-    saved = checkpoint.read(paths["converted.pt"]).model.state_dict()
-    for name, tensor in converted.state_dict().items():
-        if not torch.equal(saved[name], tensor.cpu()):
-            raise RuntimeError(f"{paths['converted.pt']} does not hold the converted network: {name} differs")
-    with atomic_path(paths["report.json"]) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     figure = plot_spectra(document["layers"])
-    with atomic_path(paths["spectra.png"]) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with ExitStack() as together:  # all three take their places once all are written, or none does
+        files = {name: together.enter_context(atomic_path(path)) for name, path in paths.items()}
+        checkpoint.save(converted, files["converted.pt"], record=record)
+        saved = checkpoint.read(files["converted.pt"]).model.state_dict()
+        for name, tensor in converted.state_dict().items():
+            if not torch.equal(saved[name], tensor.cpu()):
+                raise RuntimeError(f"the saved network is not the converted one: {name} differs")
+        files["report.json"].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        figure.savefig(files["spectra.png"], dpi=150)
     plt.close(figure)
 
 

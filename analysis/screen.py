@@ -35,13 +35,14 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
     console.print(f"equivariance error in float64 {first:.1e} → {second:.1e}")
     console.print(f"relative error of the class scores, as converted: {report.output_error:.3g}")
     before, after = report.latency["milliseconds"]
-    machine = f"{report.latency['machine']}, {report.latency['threads']} thread(s)"
+    machine = f"{report.latency['machine']}, threads: {report.latency['threads']}"
     console.print(f"forward pass, batch {report.latency['batch']}: {before:.1f} → {after:.1f} ms ({machine})")
     if "before" in report.accuracy:
         images = f"{report.accuracy['test_images']:,} images of {document['data']['name']}"
         console.print(f"\n[bold]test error[/] on {images}")
         for stage in filter(report.accuracy.__contains__, _STAGES):
-            text = _STAGES[stage].format(**report.accuracy.get("finetune_recipe", {}))
+            epochs = report.accuracy.get("finetune_recipe", {}).get("epochs")
+            text = _STAGES[stage].format(epochs=f"{epochs} epoch{'' if epochs == 1 else 's'}")
             console.print(f"  {text:<32}{report.accuracy[stage]:6.2f} %")
     for note in report.notes:
         console.print(f"[dim]note: {note}[/]")
@@ -51,7 +52,7 @@ _STAGES = {
     "before": "the network as given",
     "converted": "converted",
     "batch_norm": "batch norm re-estimated",
-    "finetuned": "fine-tuned for {epochs} epochs",
+    "finetuned": "fine-tuned for {epochs}",
 }
 
 

@@ -293,8 +293,7 @@ class SeparableGConv2d(_GroupConv):
         """As in the base class, under this ``execution`` or, by default, the layer's own."""
         if check_execution(self.execution if execution is None else execution) == "dense":
             return super().macs()
-        mix, spatial = self.form.macs(self.filter_shape, self.rank)
-        return (0, mix + spatial) if self.form.spatial_first else (mix, spatial)
+        return self.form.macs_by_map(self.filter_shape, self.rank)
 
     def to_dense(self) -> GConv2d:
         """The full layer with the same output; its parameters are copies."""

@@ -16,13 +16,23 @@ from .separable import check_execution
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's row: its name in the network, its class, parameters, and MACs for one image (:func:`cost`)."""
+    """One layer's row, for one image (:func:`cost`).
+
+    Attributes:
+        name: its name in the network.
+        kind: its class.
+        parameters: its learnable entries.
+        macs_published: multiply-accumulates in the published convention.
+        macs_executed: as executed.
+        positions: H W of its input map and of its output map (of the last pass, if it runs several times).
+    """
 
     name: str
     kind: str
     parameters: int
     macs_published: int
     macs_executed: int
+    positions: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
             published = out * sum(module.macs("factorized"))
         if module in seen:  # a layer that runs several times has its parameters once
             published, executed = published + seen[module].macs_published, executed + seen[module].macs_executed
-        seen[module] = LayerCost(names[module], type(module).__name__, parameters, published, executed)
+        seen[module] = LayerCost(names[module], type(module).__name__, parameters, published, executed, (into, out))
 
     owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     hooks = [module.register_forward_hook(record) for module in owners]

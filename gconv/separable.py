@@ -94,6 +94,11 @@ class Form(ABC):
     def macs(self, shape: FilterShape, rank: int) -> tuple[int, int]:
         """Multiply-accumulates a position of (the mix, the planar kernels) when run factorised."""
 
+    def macs_by_map(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        """The same per position of the (input map, output map): the mix runs on whichever it reads."""
+        mix, spatial = self.macs(shape, rank)
+        return (0, mix + spatial) if self.spatial_first else (mix, spatial)
+
     def max_rank(self, shape: FilterShape) -> int:
         """The rank at which every filter is exactly separable: ``min(rows, k k)``."""
         mix, _ = self.factor_shapes(shape, 1)

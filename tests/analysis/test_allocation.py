@@ -11,6 +11,7 @@ from analysis.allocation import Budget, choose, energy_curves, forms_named
 from gconv import FORMS, GROUPS, GConv2d, InputError, SeparableGConv2d
 
 every_form = pytest.mark.parametrize("form", FORMS)
+POSITIONS = (36, 16)  # a 6 x 6 input map and a 4 x 4 output map
 few = settings(max_examples=40)  # each tries every rank of every form
 
 
@@ -36,6 +37,20 @@ def size(layer, form=None, rank=None):
     return sum(p.numel() for name, p in made.named_parameters() if name != "bias")
 
 
+def macs(layer, form=None, rank=None):
+    """As executed at ``POSITIONS``, counted on the layer itself."""
+    made = layer if form is None else SeparableGConv2d.like(layer, form, rank)
+    return sum(each * positions for each, positions in zip(made.macs(), POSITIONS, strict=True))
+
+
+def competing(layer, **budget):
+    """The (form, rank) pairs within the budget that make the layer smaller and not costlier to run."""
+    if layer.kernel_size[0] == 1:
+        return []
+    allowed = options(layer, Budget(**budget))
+    return [o for o in allowed if size(layer, *o) < size(layer) and macs(layer, *o) <= macs(layer)]
+
+
 def kept(layer, form, rank):
     """The share of energy that is left in the factored filter itself."""
     weight = layer.weight.detach().double()
@@ -56,7 +71,7 @@ def options(layer, budget):
 
 
 def chosen(layer, form, **budget):
-    return choose(layer, energy_curves(layer), forms_named(form), Budget(**budget))
+    return choose(layer, energy_curves(layer), forms_named(form), Budget(**budget), POSITIONS)
 
 
 # --- budgets and forms
@@ -149,17 +164,16 @@ def test_a_form_that_is_asked_for_is_refused_only_where_there_is_nothing_to_do(f
 @given(layer=layers(), energy=st.floats(0.3, 1))
 def test_auto_within_an_energy_takes_the_fewest_parameters(layer, energy):
     option = chosen(layer, "auto", energy=energy).option
-    allowed = [size(layer, *o) for o in options(layer, Budget(energy=energy))] if layer.kernel_size[0] > 1 else []
-    smaller = [parameters for parameters in allowed if parameters < size(layer)]
-    assert (None if option is None else option.parameters) == min(smaller, default=None)
+    sizes = [size(layer, *o) for o in competing(layer, energy=energy)]
+    assert (None if option is None else option.parameters) == min(sizes, default=None)
+    assert option is None or option.macs == macs(layer, option.form, option.rank) <= macs(layer)
 
 
 @few
 @given(layer=layers(), rank=st.integers(1, 10))
 def test_auto_at_a_rank_loses_least_energy_per_parameter_saved(layer, rank):
     option = chosen(layer, "auto", rank=rank).option
-    allowed = list(options(layer, Budget(rank=rank))) if layer.kernel_size[0] > 1 else []
-    smaller = [o for o in allowed if size(layer, *o) < size(layer)]
+    smaller = competing(layer, rank=rank)
     assert (option is None) == (not smaller)
     if option is not None:
         price = {o: max(1 - kept(layer, *o), 1e-12) / (size(layer) - size(layer, *o)) for o in smaller}
@@ -172,6 +186,6 @@ def test_every_outcome_of_auto_has_its_reason():
     pointwise = GConv2d(4, 4, 1, group="p4")
     assert chosen(full, "auto", rank=1).why == "least energy lost per parameter saved"
     assert chosen(full, "auto", energy=0.3).why == "fewest parameters"
-    assert chosen(small, "auto", rank=1).why == "no separable form within the budget is smaller"
+    assert chosen(small, "auto", rank=1).why == "no form is smaller"
     assert chosen(small, "gc", rank=1).why == "already gc of rank 1"
     assert chosen(pointwise, "auto", rank=1).why == chosen(pointwise, "gc", rank=1).why == "1x1: nothing to separate"

@@ -358,7 +358,7 @@ def test_to_dense_is_the_same_function(under, form):
         ({"finetune": 1}, "fine-tuning needs training images; accepted: data"),
         ({"finetune": -1}, "finetune is -1; accepted: a whole number of epochs"),
         ({"finetune": 0.5}, "finetune is 0.5; accepted: a whole number of epochs"),
-        ({"data": []}, "the data has no batches; accepted: images with labels"),
+        ({"data": []}, "data has no images; accepted: a Split, such as Dataset.train, or a loader of batches"),
         ({"data": Split(torch.zeros(0, 1, 28, 28), torch.zeros(0))}, "cannot be re-estimated without images"),
         ({"test": Split(torch.zeros(0, 1, 28, 28), torch.zeros(0))}, "no images to evaluate on"),
         ({"input_shape": (3, 28, 28)}, r"does not take an input of shape \[3, 28, 28\]"),

@@ -163,11 +163,11 @@ def test_without_data_it_says_what_it_could_not_measure():
     done = run(small())
     assert (done.code, done.err) == (0, "")
     assert re.search(r"conv7 +p4 +2x2x4x4x4", done.out)
-    for text in ("accuracy was not measured", "batch norm was not re-estimated", "forward pass"):
+    for text in ("nothing was converted", "accuracy was not measured", "batch norm was not", "forward pass"):
         assert text in done.out
     assert f"written: {', '.join(f'small-converted/{name}' for name in RESULTS)}\n" in done.out
     written = json.loads(Path("small-converted/report.json").read_text())
-    assert (written["data"], written["accuracy"], len(written["notes"])) == (None, {}, 2)
+    assert (written["data"], written["accuracy"], len(written["notes"])) == (None, {}, 3)
     assert written["request"] == {"form": "auto", "rank": None, "energy": 0.95}
 
 
@@ -500,7 +500,7 @@ def test_a_saved_network_that_differs_from_the_one_reported_is_a_failure(monkeyp
 
     monkeypatch.setattr("gconv.checkpoint.save", saves_another)
     path = small()
-    with pytest.raises(RuntimeError, match=r"does not hold the converted network: conv3\.mix differs"):
+    with pytest.raises(RuntimeError, match=r"not the converted one: conv3\.mix differs"):
         run(path, "--form", "gc", "--rank", 1)
 
 
@@ -526,3 +526,20 @@ def test_the_examples_in_the_help_are_commands():
     assert len(examples) == 5
     for command, arguments in examples:
         parsers[command].parse_args(shlex.split(arguments))
+
+
+def test_results_are_replaced_together_or_not_at_all(monkeypatch):
+    path = small()
+    assert run(path, "--form", "gc", "--rank", 1, "--out", "o").code == 0
+    before = {name: Path("o", name).read_bytes() for name in RESULTS}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: pytest.fail("no room"))
+    with pytest.raises(pytest.fail.Exception):
+        run(path, "--form", "g", "--rank", 1, "--out", "o", "--force")
+    assert {path.name: path.read_bytes() for path in Path("o").iterdir()} == before
+
+
+def test_a_converted_network_is_given_the_images_it_was_trained_on():
+    path = small()
+    save(load(path), path, record={"trained_on": "train and validation"})
+    run(path, "--form", "gc", "--rank", 1, "--out", "o")
+    assert read("o/converted.pt").record["trained_on"] == "train and validation"

@@ -10,8 +10,8 @@ from analysis import convert
 from gconv import InputError, Recipe, Split, cost, create_model, equivariance_error, evaluate, load_dataset
 
 STAGES = ["before", "converted", "batch_norm", "finetuned"]
-NO_TEST = "accuracy was not measured: there are no test images"
-NO_TRAINING = "batch norm was not re-estimated: there are no training images"
+NO_TEST = "accuracy was not measured: no test images were given (--data)"
+NO_TRAINING = "batch norm was not re-estimated: no training images were given (--data)"
 
 
 @pytest.fixture(scope="module")
