@@ -27,6 +27,9 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
     """
     console = Console(file=file, width=None if file.isatty() else _WIDTH_ELSEWHERE, highlight=False)
     console.print(_layer_table(report))
+    for reason in dict.fromkeys(layer.why for layer in report.layers if layer.form is None):
+        names = ", ".join(layer.name for layer in report.layers if layer.form is None and layer.why == reason)
+        console.print(f"unchanged: {names} ({reason})")
     console.print(
         f"[bold]whole network[/]  parameters {_change(*report.parameters)}, "
         f"MACs published {_change(*report.macs_published)}, as executed {_change(*report.macs_executed)}"
@@ -57,14 +60,11 @@ _STAGES = {
 
 
 def _layer_table(report: ConversionReport) -> Table:
-    table = Table(box=SIMPLE_HEAD, title="explained energy at rank 1, 2, 3 in each form", title_justify="left")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("group")
-    table.add_column("filter")
-    for form in FORMS:
-        table.add_column(form)
-    table.add_column("converted to")
-    for heading in ("parameters", "MACs as executed"):
+    title = "explained energy at rank 1, 2, 3 in each form; parameters and MACs as executed"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True, pad_edge=False)
+    for heading in ("layer", "filter", *FORMS, "converted to"):
+        table.add_column(heading)
+    for heading in ("parameters", "MACs"):
         table.add_column(heading, justify="right")
     for layer in report.layers:
         table.add_row(*_cells(layer))
@@ -72,27 +72,24 @@ def _layer_table(report: ConversionReport) -> Table:
 
 
 def _cells(layer: LayerReport) -> list[str]:
-    energies = [" ".join(f"{kept:.2f}" for kept in layer.explained_energy[form][:_SHOWN_RANKS]) for form in FORMS]
-    choice = f"{layer.form} rank {layer.rank}" if layer.form else f"unchanged ({layer.why})"
-    shape = "x".join(map(str, layer.shape))
-    return [
-        layer.name,
-        layer.group,
-        shape,
-        *energies,
-        choice,
-        f"{layer.parameters[0]:,} → {layer.parameters[1]:,}",
-        f"{_short(layer.macs_executed[0])} → {_short(layer.macs_executed[1])}",
-    ]
+    energies = [" ".join(map(_share, layer.explained_energy[form][:_SHOWN_RANKS])) for form in FORMS]
+    choice = f"{layer.form} rank {layer.rank}" if layer.form else "unchanged"
+    sizes = [" → ".join(_short(count, 3) for count in pair) for pair in (layer.parameters, layer.macs_executed)]
+    return [layer.name, f"{layer.group} {'x'.join(map(str, layer.shape))}", *energies, choice, *sizes]
+
+
+def _share(kept: float) -> str:
+    """Two decimals without a leading zero: .68, or 1.0."""
+    return "1.0" if kept >= 0.995 else f"{kept:.2f}"[1:]
 
 
 def _change(before: int, after: int) -> str:
     return f"{_short(before)} → {_short(after)} ({after / before:.0%})"
 
 
-def _short(count: int) -> str:
-    """At most four significant digits and a unit: 24.8k, 11.67M."""
+def _short(count: int, digits: int = 4) -> str:
+    """At most so many significant digits and a unit: 24.81k, 11.67M."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
-            return f"{count / size:.4g}{unit}"
+            return f"{count / size:.{digits}g}{unit}"
     return str(count)
