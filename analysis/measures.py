@@ -111,7 +111,8 @@ def spectra(weight: Tensor, group: Group, *, shared_inputs: bool = True) -> dict
     """All measures of one layer, each as shares of the layer's energy.
 
     Measures that cannot tell anything are left out: a spectrum with one rank only (of 1x1 kernels along space, say),
-    the group axis where there is none, and the forms of a lifting layer, which has none.
+    the group axis where there is none, and the forms of a lifting layer, which has none. A layer of a single kernel,
+    of which nothing would be left, is told to have one rank along space.
 
     Args:
         weight: generator ``[draws, O, I, S, k, k]``.
@@ -138,7 +139,7 @@ def spectra(weight: Tensor, group: Group, *, shared_inputs: bool = True) -> dict
         if along == "in" and not shared_inputs:
             continue
         energies = unfolding_energies(weight, along)
-        if energies.shape[-1] > 1:
+        if energies.shape[-1] > 1 or (along == "space" and o * i * s == 1):
             found["hosvd_energy", along] = energy_shares(energies.unsqueeze(-2))
     if s > 1:
         stored = _gram(blocks["g"].unflatten(-3, (o, i)))

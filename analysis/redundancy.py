@@ -119,7 +119,7 @@ def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
     for picture in _against_epoch(table) if table.rows and "epoch" in table.rows[0] else _per_layer(table):
         console.print(picture)
     if not table.rows:
-        console.print("there is nothing to measure: no convolution with more than one entry")
+        console.print("there is nothing to measure: the network has no convolution")
     elif table.draws:
         console.print(
             f"In brackets: the mean of {table.draws} filters drawn from the initialisation, and how many of their "

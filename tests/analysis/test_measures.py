@@ -291,7 +291,8 @@ def test_a_layer_of_zeros_is_of_rank_one_and_undefined_along_the_group():
         pytest.param((4, 1, 1, 3, 3), "p4", [], [], 2, False, id="lifting one channel"),
         pytest.param((3, 2, 1, 3, 3), "z2", ["gc", "gc_in"], ["gc_in"], 3, False, id="planar"),
         pytest.param((3, 2, 1, 1, 1), "z2", [], [], 2, False, id="planar 1x1"),
-        pytest.param((1, 1, 1, 1, 1), "z2", [], [], 0, False, id="one number"),
+        pytest.param((1, 1, 1, 1, 1), "z2", [], [], 1, False, id="one number"),
+        pytest.param((1, 1, 1, 3, 3), "z2", [], [], 1, False, id="one kernel"),
     ],
 )
 def test_what_cannot_tell_anything_is_left_out(shape, on, forms, pca, unfoldings, axis):
