@@ -54,8 +54,8 @@ class Form(ABC):
 
     Attributes:
         name: what users write.
-        default_execution: the faster one in practice. ``g`` run factorised needs a map I times the size of its input,
-            so its dense filter is built from the factors instead.
+        default_execution: the faster one in practice. ``g`` run factorised needs a map O R times the size of its
+            input, so its dense filter is built from the factors instead.
         spatial_first: whether the planar kernels run before the mix, so that the mix sees the output's resolution.
     """
 

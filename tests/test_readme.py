@@ -1,6 +1,11 @@
 """The numbers in README.md are those that the committed checkpoints give."""
 
+import importlib
+import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 import analysis
 import gconv
@@ -10,6 +15,20 @@ from gconv.catalog import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(example, {})
+    assert gconv.load("small.pt").conv2.rank == 2
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    python -m (.*)$", README, re.MULTILINE))
+def test_commands_are_understood(line: str) -> None:
+    module, *words = shlex.split(line)
+    importlib.import_module(module).parser().parse_args(words)
 
 
 def test_checkpoint_table_is_what_the_catalog_prints() -> None:
