@@ -111,7 +111,7 @@ def choose(
     within = [_smallest(form, curves[form.name], layer, budget, positions) for form in forms]
     if len(within) == 1:
         (option,) = within
-        if isinstance(layer, SeparableGConv2d) and layer.form.name == option.form.name and layer.rank <= option.rank:
+        if isinstance(layer, SeparableGConv2d) and layer.form is option.form and layer.rank <= option.rank:
             return Choice(None, f"already {layer.form.name} of rank {layer.rank}")
         larger = f", {option.parameters - present:,} parameters more" if option.parameters > present else ""
         return Choice(option, f"as asked{larger}")

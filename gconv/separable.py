@@ -63,6 +63,10 @@ class Form(ABC):
     default_execution: ClassVar[Execution] = "factorized"
     spatial_first: ClassVar[bool] = False
 
+    # There is one object per form, also after a layer is copied or unpickled.
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return form_named, (self.name,)
+
     @abstractmethod
     def blocks(self, shape: FilterShape) -> int:
         """The number of matrices that a filter folds into."""

@@ -1,6 +1,8 @@
 """The three forms against their definitions, written with loops over channels and elements."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -235,3 +237,8 @@ def test_forms_and_executions_are_found_by_name_or_refused_with_the_known_names(
             form_named(wrong)
         with pytest.raises(InputError, match=rf"^unknown execution '{wrong}'; accepted: dense, factorized$"):
             check_execution(wrong)
+
+
+@every_form
+def test_a_form_stays_the_one_object_of_its_name(form):
+    assert copy.deepcopy(form) is copy.copy(form) is pickle.loads(pickle.dumps(form)) is form
