@@ -70,9 +70,9 @@ def forms_named(name: str) -> tuple[Form, ...]:
     Raises:
         InputError: there is no such form.
     """
-    if name.lower() == "auto":
+    if isinstance(name, str) and name.lower() == "auto":
         return tuple(FORMS.values())
-    if name.lower() not in FORMS:
+    if not isinstance(name, str) or name.lower() not in FORMS:
         raise InputError(f"unknown form {name!r}; accepted: auto, {', '.join(FORMS)}")
     return (form_named(name),)
 

@@ -41,6 +41,8 @@ class FilterBank:
         form: the separable form that the layer has, if it has one.
         channel_groups: ``groups`` of a planar layer. Where it is not 1, I counts the input channels of one group, and
             the input channels of different groups have nothing to do with each other.
+        taken_back: whether the generator had to be taken back from an expanded filter. What its layer could learn is
+            then unknown: escnn's filters are combinations of a band-limited basis, which spans only part of them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class FilterBank:
     residual: float = 0.0
     form: str | None = None
     channel_groups: int = 1
+    taken_back: bool = False
 
     @property
     def lifting(self) -> bool:
@@ -150,6 +153,7 @@ class _Layer:
         residual: of a generator that was taken from an expanded filter.
         form: as in :class:`FilterBank`; so is the next.
         channel_groups: of plain weights.
+        taken_back: as in :class:`FilterBank`.
     """
 
     name: str
@@ -159,11 +163,12 @@ class _Layer:
     residual: float = 0.0
     form: str | None = None
     channel_groups: int = 1
+    taken_back: bool = False
 
     def bank(self, group: Group) -> FilterBank:
         """Its filters under this group, as they are."""
         weight = self.weight if self.weight.dim() == 5 else self.weight.unsqueeze(2)
-        return FilterBank(self.name, weight, group, self.residual, self.form, self.channel_groups)
+        return FilterBank(self.name, weight, group, self.residual, self.form, self.channel_groups, self.taken_back)
 
 
 _Outcomes = dict[str, FilterBank | Skipped]
@@ -177,7 +182,7 @@ def _by_structure(layers: Sequence[_Layer], forced: Group | None) -> tuple[_Outc
     if found is None:
         return read, None
     for name, fit in found.fits.items():
-        read[name] = FilterBank(name, fit.generator, found.layout.group, fit.residual)
+        read[name] = FilterBank(name, fit.generator, found.layout.group, fit.residual, taken_back=True)
     return read, f"{found.layout}, recognised in plain weights"
 
 
@@ -257,7 +262,7 @@ def _in_module(network: nn.Module) -> Iterator[_Layer | Skipped]:
 def _steered(name: str, group: Group, fit: Fit) -> _Layer | Skipped:
     if fit.residual > TOLERANCE:
         return Skipped(name, f"its rows do not share one generator: relative residual {fit.residual:.2g}")
-    return _Layer(name, fit.generator, group, residual=fit.residual)
+    return _Layer(name, fit.generator, group, residual=fit.residual, taken_back=True)
 
 
 def _in_state(state: Mapping[str, Tensor]) -> Iterator[_Layer | Skipped]:

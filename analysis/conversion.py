@@ -100,7 +100,7 @@ def convert(
         report.layers.append(row)
 
     if all(row.form is None for row in report.layers):
-        report.notes.append("nothing was converted; a smaller --rank or --energy, or one --form for all, would be")
+        report.notes.append("nothing was converted, the layers are as given; a lower budget or one form for all may")
     report.measure(before, after, size, next(iter(layers.values())).group, seed)
     _recover(report, before, after, train, test, finetune, seed)
     return after.eval(), report

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--form",
         default="auto",
         metavar="FORM",
-        help="g, gc, gc_in for all layers, or auto (default): for each layer the one that saves most, if any does",
+        help="g, gc, gc_in for all layers, or auto (default): per layer what saves most for what it loses, if any does",
     )
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--rank", type=number(int, 1), metavar="R", help="give every layer this rank")
@@ -115,7 +115,7 @@ def _command(args: argparse.Namespace) -> None:
 
     print_report(report, document, file=sys.stderr if args.json else sys.stdout)
     if args.json:
-        json.dump(document, sys.stdout, indent=2)
+        json.dump(document, sys.stdout, indent=2, allow_nan=False)
         print()
     else:
         print(f"written: {', '.join(str(path) for path in paths.values())}")
@@ -160,7 +160,7 @@ def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], docum
         for name, tensor in converted.state_dict().items():
             if not torch.equal(saved[name], tensor.cpu()):
                 raise RuntimeError(f"the saved network is not the converted one: {name} differs")
-        files["report.json"].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        files["report.json"].write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         figure.savefig(files["spectra.png"], dpi=150)
     plt.close(figure)
 

@@ -24,6 +24,7 @@ from .recognition import Fit, layout_of, read
 # Where training scripts keep the state dict in a larger dictionary, and what wrappers put before every name in it.
 _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_ACCEPTED = "a gconv checkpoint, or a state dict in .pt, .pth or .safetensors"
 
 
 def load_source(path: str | Path) -> Model | dict[str, Tensor]:
@@ -62,7 +63,8 @@ def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{source} holds a {type(content).__name__}; accepted: a state dict, tensors by name")
     state = {str(name): tensor.detach() for name, tensor in content.items() if _is_dense(tensor)}
     if not state:
-        raise InputError(f"{source} holds no tensors; accepted: a state dict, tensors by name")
+        keys = ", ".join(_NESTS)
+        raise InputError(f"{source} holds no tensors; accepted: a state dict, tensors by name, itself or under {keys}")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -94,7 +96,8 @@ def read_steerable(module: Any) -> tuple[Group, Fit] | str:
     planar = all(field.is_trivial() for field in source.representations)
     fields = target.representations if planar else [*source.representations, *target.representations]
     if layout.group.order > 1 and any(field.name != "regular" for field in fields):
-        return f"it maps {source} to {target}; accepted: regular or trivial to regular fields"
+        kinds = sorted({field.name for field in (*source.representations, *target.representations)})
+        return f"its fields are {', '.join(kinds)}; accepted: regular or trivial to regular fields"
     if module.groups != 1:
         return f"an escnn layer in {module.groups} groups of channels; accepted: 1"
     with torch.no_grad():
@@ -134,7 +137,8 @@ def _content(path: Path) -> Any:
             f"{path} is damaged, or holds objects that are not plain data; nothing in it was executed"
         ) from error
     except Exception as error:
-        raise InputError(f"{path} is damaged: {_one_line(error)}") from error
+        what = f"{path} is damaged, or not what its name says ({_one_line(error)})"
+        raise InputError(f"{what}; accepted: {_ACCEPTED}") from error
 
 
 def _one_line(error: Exception) -> str:

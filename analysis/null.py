@@ -3,22 +3,26 @@
 * ``init``: filters drawn as the layer itself draws them before training, with independent entries. It answers *how
   redundant is a layer of this shape anyway?* Small matrices are close to low rank by chance: random 4 x 9 blocks
   keep almost half of their energy at rank 1. For a separable layer the factors are drawn and multiplied out, so that
-  what its form forces on it does not pass for learned.
+  what its form forces on it does not pass for learned. For filters taken back from escnn's or from an exported network
+  it draws free filters, because the basis is not known: what that imposes does pass for learned.
 * ``shuffled``: the trained filter's own entries in random order, over the whole layer. It answers *is it where the
   large entries are, or only that there are few of them?* Training makes the entries' distribution heavy-tailed, and
   that alone changes spectra.
 
 A value outside the ``init`` band is not what the layer began with; outside both, it is in the arrangement of the
-entries. Neither says that the redundancy is useful, and neither corrects for how many values a table holds.
+entries. Neither says that the redundancy is useful, and neither corrects for how many values a table holds. The z-score
+of a whole number, such as the rank that keeps 90 %, is wild where nearly all draws agree; look at its interval.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from gconv.functional import Tables
@@ -29,8 +33,7 @@ from .spectra import block_energies, energy_shares, rank_needed
 
 NULLS = ("init", "shuffled")
 
-# Two-sided 95 % of a normal distribution. Twenty draws are too few for their own 2.5 and 97.5 percentiles.
-_WIDTH = 1.96
+_COVERED = 0.95
 
 # A null that varies less than rounding does not vary.
 _ROUNDING = 1e-10
@@ -47,8 +50,9 @@ class Band(NamedTuple):
 
     Attributes:
         mean: of the draws.
-        low: lower end of the 95 % interval of a draw, ``mean - 1.96 sd`` (a normal one; the draws are too few for
-            their own percentiles).
+        low: lower end of the interval that holds 95 % of further draws, ``mean - t sd sqrt(1 + 1 / draws)`` with
+            Student's t of ``draws - 1`` degrees of freedom, as mean and sd are estimated too. It takes the draws for
+            normal; they are too few for their own percentiles.
         high: its upper end.
         z: ``(value - mean) / sd``; NaN where the null does not vary.
     """
@@ -69,7 +73,9 @@ def band(value: Tensor, drawn: Tensor) -> Band:
     mean, deviation = drawn.mean(0), drawn.std(0)
     varies = deviation > _ROUNDING * mean.abs().clamp(min=1)
     z = torch.where(varies, (value - mean) / deviation, torch.nan)
-    return Band(mean, mean - _WIDTH * deviation, mean + _WIDTH * deviation, z)
+    draws = len(drawn)
+    width = student_t.ppf((1 + _COVERED) / 2, draws - 1) * math.sqrt(1 + 1 / draws) * deviation
+    return Band(mean, mean - width, mean + width, z)
 
 
 def null_filters(bank: FilterBank, null: str, draws: int, rng: np.random.Generator) -> Iterator[Tensor]:

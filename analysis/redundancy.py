@@ -125,9 +125,8 @@ def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
             f"In brackets: the mean of {table.draws} filters drawn from the initialisation, and how many of their "
             "standard deviations the value is away."
         )
-    for note in (table.inferred, *(f"skipped {layer.name}: {layer.reason}" for layer in table.skipped)):
-        if note is not None:
-            console.print(f"note: {note}", style="dim")
+    for note in table.notes:
+        console.print(f"note: {note}", style="dim")
 
 
 def _per_layer(table: Redundancy) -> list[Table]:

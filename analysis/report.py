@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from gconv.cost import cost
 from gconv.equivariance import equivariance_error
+from gconv.errors import InputError
 from gconv.groups import Group
 
 LATENCY_BATCH = 16
+_ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs
 _LATENCY_SECONDS = 3.0
 _LATENCY_ROUNDS = 15
 
@@ -102,11 +104,17 @@ class ConversionReport:
         with torch.no_grad():
             expected, got = before(images).double(), after(images).double()
         norm, difference = expected.norm().item(), (got - expected).norm().item()
+        for network, scores in (("network as given", expected), ("converted network", got)):
+            if not torch.isfinite(scores).all():
+                raise InputError(f"the class scores of the {network} are NaN or infinite on random images in [0, 1)")
         self.output_error = difference / norm if norm else difference
         one = images[:1].double()
         doubled = (copy.deepcopy(network).double() for network in (before, after))
-        first, second = (equivariance_error(network, group, one).max for network in doubled)
-        self.equivariance_error = (first, second)
+        first, second = (equivariance_error(network, group, one) for network in doubled)
+        self.equivariance_error = (first.max, second.max)
+        if first.max > _ROUNDING:
+            self.notes.append("the network as given is not invariant: a stride that does not fit its map, or its head")
+            self.notes.extend(str(layer) for layer in first.inexact)
         self.latency = _latency(before, after, images)
 
 

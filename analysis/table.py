@@ -29,7 +29,7 @@ from .spectra import UNFOLDINGS
 
 DRAWS = 20
 NETWORK = "(network)"
-_LAYER_COLUMNS = ("layer", "depth", "group", "kind", "out_channels", "in_channels", "kernel_size")
+_LAYER_COLUMNS = ("layer", "depth", "group", "kind", "out_channels", "in_channels", "kernel_size", "residual")
 _NULL_COLUMNS = tuple(f"{null}_{statistic}" for null in NULLS for statistic in Band._fields)
 COLUMNS = (*_LAYER_COLUMNS, "measure", "part", "rank", "value", *_NULL_COLUMNS)
 _WHOLE = ("epoch", "depth", "out_channels", "in_channels", "kernel_size", "rank")
@@ -41,10 +41,11 @@ class Redundancy:
 
     Columns:
         ``epoch`` (only from :func:`redundancy_over_epochs`), ``layer``, ``depth`` (from 0), ``group``, ``kind``,
-        ``out_channels``, ``in_channels``, ``kernel_size``; ``measure``; ``part``, the form, unfolding, irrep or group
-        element that it is taken of; ``rank``, where it is one of a spectrum; ``value``; and for the nulls ``init`` and
-        ``shuffled`` each ``_mean``, ``_low`` and ``_high`` (the 95 % interval of a draw) and ``_z``
-        (:mod:`analysis.null`). The rows of the layer ``(network)`` are pooled (:func:`analysis.measures.pool`).
+        ``out_channels``, ``in_channels``, ``kernel_size``, ``residual`` (of the generator, :class:`.FilterBank`);
+        ``measure``; ``part``, the form, unfolding, irrep or group element that it is taken of; ``rank``, where it is
+        one of a spectrum; ``value``; and for the nulls ``init`` and ``shuffled`` each ``_mean``, ``_low`` and
+        ``_high`` (the 95 % interval of a draw) and ``_z`` (:mod:`analysis.null`). The rows of the layer ``(network)``
+        are pooled (:func:`analysis.measures.pool`).
 
     Measures:
         ``explained_energy``, ``pca_explained_variance`` (parts: forms) and ``hosvd_energy`` (parts: unfoldings), each
@@ -56,6 +57,7 @@ class Redundancy:
         rows: the table; values that are not defined are NaN, entries that do not apply None.
         skipped: layers that gave no filter bank, each with its name and the reason.
         inferred: where the source does not say its group, which one was taken and from what; else None.
+        residual: the largest of the layers whose generator was taken back from an expanded filter; None if none was.
         draws: how many filters each null drew; 0 if there are none.
         seed: of the nulls.
     """
@@ -63,8 +65,20 @@ class Redundancy:
     rows: list[dict[str, Any]]
     skipped: list[Skipped] = field(default_factory=list)
     inferred: str | None = None
+    residual: float | None = None
     draws: int = DRAWS
     seed: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know beside the numbers: an inferred group, the residual, what was skipped."""
+        notes = [] if self.inferred is None else [self.inferred]
+        if self.residual is not None:
+            notes.append(
+                f"generators taken back from expanded filters, relative residual up to {self.residual:.1e}; the null "
+                "init draws free filters, so what a band-limited basis such as escnn's imposes passes for learned"
+            )
+        return notes + [f"skipped {layer.name}: {layer.reason}" for layer in self.skipped]
 
     def to_frame(self) -> pd.DataFrame:
         """The table for pandas; whole numbers that may be absent have its nullable type."""
@@ -86,8 +100,8 @@ class Redundancy:
         # NaN is the one number that differs from itself.
         rows = [{name: entry if entry == entry else None for name, entry in row.items()} for row in self.rows]
         skipped = [asdict(layer) for layer in self.skipped]
-        about = {"draws": self.draws, "seed": self.seed, "inferred": self.inferred, "skipped": skipped}
-        return {**about, "rows": rows}
+        about = {name: getattr(self, name) for name in ("draws", "seed", "inferred", "residual", "notes")}
+        return {**about, "skipped": skipped, "rows": rows}
 
 
 def redundancy(
@@ -122,8 +136,9 @@ def redundancy(
     with _side_by_side() as workers:
         jobs = workers.map(lambda depth: _layer(banks[depth], depth, draws, seed), range(len(banks)))
         layers = list(tqdm(jobs, "measuring", len(banks), leave=False, disable=None, delay=1))
+    residual = max((bank.residual for bank in banks if bank.taken_back), default=None)
     rows = [row for depth, bank in enumerate(banks) for row in _rows(_describe(bank, depth), layers[depth])]
-    return Redundancy(rows + _network_rows(banks, layers), banks.skipped, banks.inferred, draws, seed)
+    return Redundancy(rows + _network_rows(banks, layers), banks.skipped, banks.inferred, residual, draws, seed)
 
 
 def redundancy_over_epochs(paths: Iterable[str | Path], *, draws: int = DRAWS, seed: int = 0) -> Redundancy:
@@ -157,7 +172,7 @@ def redundancy_over_epochs(paths: Iterable[str | Path], *, draws: int = DRAWS, s
             raise InputError(f"{path} is not a snapshot of the network in {ordered[0][1][0]}: their layers differ")
     tables = [(epoch, redundancy(banks, draws=draws, seed=seed)) for epoch, (_, banks) in ordered]
     rows = [{"epoch": epoch, **row} for epoch, table in tables for row in table.rows]
-    return Redundancy(rows, ordered[0][1][1].skipped if ordered else [], None, draws, seed)
+    return Redundancy(rows, ordered[0][1][1].skipped if ordered else [], None, None, draws, seed)
 
 
 def block_redundancy(bank: FilterBank) -> pd.DataFrame:
@@ -211,13 +226,13 @@ def _network_rows(banks: Sequence[FilterBank], layers: Sequence[_Layer]) -> list
         return []
     pooled = {kind: pool([layers[number][kind] for number in said], weights) for kind in layers[0]}
     groups = {banks[number].group.name for number in said}
-    about = (NETWORK, None, groups.pop() if len(groups) == 1 else None, "network", None, None, None)
+    about = (NETWORK, None, groups.pop() if len(groups) == 1 else None, "network", None, None, None, None)
     return _rows(dict(zip(_LAYER_COLUMNS, about, strict=True)), pooled)
 
 
 def _describe(bank: FilterBank, depth: int) -> dict[str, Any]:
     o, i, _, k, _ = bank.weight.shape
-    about = (bank.name, depth, bank.group.name, bank.kind, o, i, k)
+    about = (bank.name, depth, bank.group.name, bank.kind, o, i, k, bank.residual)
     return dict(zip(_LAYER_COLUMNS, about, strict=True))
 
 

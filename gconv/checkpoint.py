@@ -18,6 +18,7 @@ from .models import Model, ModelSpec, build_model
 
 FORMAT = "gconv-checkpoint"
 VERSION = 1
+_ACCEPTED = "files written by gconv.save, gconv.train or torch.save"
 
 
 @dataclass
@@ -145,6 +146,10 @@ def read_plain(path: str | Path) -> Any:
         # PyTorch does not verify the checksums in its own files; a flipped bit in a weight would pass unseen. Nor does
         # it object to an entry marked as a directory, which it then does not read. It writes them stored and unmarked.
         with zipfile.ZipFile(path) as archive:
+            names = {entry.rpartition("/")[2] for entry in archive.namelist()}
+            if "data.pkl" not in names or "constants.pkl" in names:
+                kind = "a TorchScript program" if "constants.pkl" in names else "an archive of another kind"
+                raise InputError(f"{path} is {kind}; accepted: {_ACCEPTED}")
             marked = (entry.filename for entry in archive.infolist() if entry.compress_type or entry.external_attr)
             damaged = next(marked, None) or archive.testzip()
         if damaged is not None:
@@ -155,7 +160,8 @@ def read_plain(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} holds objects that are not plain data; nothing in it was executed") from error
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is not a checkpoint, or it is damaged or cut off ({error})") from error
+        what = f"{path} is not a checkpoint, or it is damaged or cut off ({error})"
+        raise InputError(f"{what}; accepted: {_ACCEPTED}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (RuntimeError, ValueError, EOFError, KeyError, NotImplementedError, AssertionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +54,7 @@ class _GroupConv(nn.Module, ABC):
         self.padding = _square(0, "padding", padding)
         self.dilation = _square(1, "dilation", dilation)
         self.group = find_group(group)
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         for name, table in self._new_tables(device)._asdict().items():
             self.register_buffer(f"_{name}", table, persistent=False)
         self._add_filter({"device": device, "dtype": dtype})
@@ -350,9 +351,9 @@ def _copy_into(target: _Layer, source: _GroupConv, **parameters: Tensor) -> _Lay
 
 
 def _at_least(low: int, name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
         raise InputError(f"{name} is {value!r}; accepted: a whole number of at least {low}")
-    return value
+    return int(value)
 
 
 def _square(low: int, name: str, value: int | tuple[int, int]) -> tuple[int, int]:

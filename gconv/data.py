@@ -81,9 +81,9 @@ def load_dataset(name: str, *, progress: bool = True) -> Dataset:
     """
     import torch
 
-    key = name.lower()
-    if key not in DATASETS:
+    if not isinstance(name, str) or name.lower() not in DATASETS:
         raise one_of("data set", name, DATASETS)
+    key = name.lower()
     source = DATASETS[key]
     given = os.environ.get("GCONV_DATA")
     if source.files and given and not os.path.isdir(given):

@@ -234,11 +234,11 @@ def build_model(spec: ModelSpec) -> Model:
     planar = group(spec.group).order == 1
     forms = tuple(FORMS) if not planar else ("c",) if build is CNN else ()
     if spec.separable is not None and spec.separable not in forms:
-        raise one_of(f"separable form for {spec.name} on group {spec.group}", spec.separable, forms or ["none"])
+        raise one_of(f"form (of {spec.name} on {spec.group})", spec.separable, forms or ["none"])
     if len(spec.widths) != len(default.widths):
         raise InputError(f"{spec.name} takes {len(default.widths)} widths, got {list(spec.widths)}")
     sizes = {"width": min(spec.widths), "in_channels": spec.in_channels, "classes": spec.classes}
     for label, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{label} is {value!r}; accepted: a whole number of at least 1")
     return build(spec)

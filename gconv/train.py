@@ -144,7 +144,7 @@ def _command(args: argparse.Namespace) -> None:
     job.record |= {"test_error": test.error, "test_loss": test.loss, "test_images": test.images}
     job.save()
     if args.json:
-        json.dump({"file": str(job.out), **job.record}, sys.stdout, indent=2)
+        json.dump({"file": str(job.out), **job.record}, sys.stdout, indent=2, allow_nan=False)
         print()
     else:
         result = f"test error {test.error:.2f} % on {test.images:,} images of {data.name}"
@@ -167,7 +167,14 @@ def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, An
     if args.dataset.lower() != record["dataset"]:
         raise InputError(f"{args.resume} was being trained on {record['dataset']!r}, not {args.dataset!r}")
     out = Path(args.resume) if args.out is None else check_output(args.out, force=args.force)
-    return _Run(start.model, Recipe.from_dict(record["recipe"]), record, out, resume)
+    try:
+        recipe = Recipe.from_dict(record["recipe"])
+        steady = isinstance(resume["epochs_done"], int) and isinstance(resume["optimizer"], dict)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{args.resume} is inconsistent: its recipe or its state cannot be continued") from error
+    if not steady:
+        raise InputError(f"{args.resume} is inconsistent: its state cannot be continued")
+    return _Run(start.model, recipe, record, out, resume)
 
 
 def _check_new(args: argparse.Namespace) -> Path:
@@ -197,7 +204,10 @@ def _check_new(args: argparse.Namespace) -> Path:
 def _new_model(args: argparse.Namespace, **data: int) -> Model:
     from .models import create_model
 
-    return create_model(args.model, group=args.group, width=args.width, separable=args.separable, **data)
+    try:
+        return create_model(args.model, group=args.group, width=args.width, separable=args.separable, **data)
+    except RuntimeError as error:  # the allocator's
+        raise InputError(f"there is no memory for {args.model} with --width {args.width}") from error
 
 
 def _begun(args: argparse.Namespace, start: Checkpoint | None, data: Dataset, out: Path) -> _Run:

@@ -124,7 +124,10 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     start = 0
     if resume is not None:
-        optimizer.load_state_dict(resume["optimizer"])
+        try:
+            optimizer.load_state_dict(resume["optimizer"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the state of the optimizer does not fit the network: {error}") from error
         start = resume["epochs_done"]
     images, labels = train.images.to(like), train.labels.to(like.device)
     steps = len(_batches(torch.arange(len(labels)), recipe.batch_size))

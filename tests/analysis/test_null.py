@@ -1,5 +1,7 @@
 """The nulls: drawn as they say, repeatable, and wide enough for a network that learned nothing."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -81,14 +83,23 @@ def test_a_network_that_learned_nothing_lies_in_its_bands():
         assert (z.abs() < 1.96).mean() > 0.85
 
 
-def test_band_is_mean_and_1_96_standard_deviations():
+def test_band_is_the_prediction_interval_of_a_normal_draw():
     draws = np.random.default_rng(0).normal(3, 2, (20, 2))
     found = band(torch.tensor([9.0, 3]), torch.tensor(draws))
     mean, sd = draws.mean(0), draws.std(0, ddof=1)
     np.testing.assert_allclose(found.mean, mean)
-    np.testing.assert_allclose(found.low, mean - 1.96 * sd)
-    np.testing.assert_allclose(found.high, mean + 1.96 * sd)
+    width = 2.093 * math.sqrt(1.05) * sd  # Student's t with 19 degrees of freedom, from a printed table
+    np.testing.assert_allclose(found.low, mean - width, atol=1e-3)
+    np.testing.assert_allclose(found.high, mean + width, atol=1e-3)
     np.testing.assert_allclose(found.z, (np.array([9.0, 3]) - mean) / sd)
+
+
+@pytest.mark.parametrize("draws", [2, 5, 20])
+def test_the_band_holds_95_percent_of_further_draws(draws):
+    rng = np.random.default_rng(draws)
+    found = band(torch.tensor(rng.normal(size=20_000)), torch.tensor(rng.normal(size=(draws, 20_000))))
+    further = torch.tensor(rng.normal(size=20_000))
+    assert ((found.low < further) & (further < found.high)).double().mean() == pytest.approx(0.95, abs=0.01)
 
 
 def test_where_a_null_does_not_vary_there_is_no_z():

@@ -14,7 +14,8 @@ from torch import nn
 from analysis import block_redundancy, filter_banks, redundancy, redundancy_over_epochs
 from analysis.redundancy import main
 from analysis.table import COLUMNS, NETWORK
-from gconv import FORMS, InputError, create_model, load, save
+from gconv import FORMS, GConv2d, InputError, LiftingConv2d, create_model, load, save
+from gconv.functional import expand
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 TRAINED = CHECKPOINTS / "p4cnn-rotmnist-regen.pt"
@@ -307,3 +308,14 @@ def test_function_and_command_share_their_name_in_any_order(imports):
     used = "assert analysis.redundancy(net, draws=0).rows; assert sys.modules['analysis.redundancy'].main"
     ran = fresh(["-c", f"import sys, torch; net = torch.nn.Conv2d(2, 3, 3)\n{imports}\n{used}"])
     assert ran.returncode == 0, ran.stderr
+
+
+def test_generators_taken_back_from_expanded_filters_have_their_residual_and_a_warning():
+    layers = [LiftingConv2d(1, 3, 3, group="p4"), GConv2d(3, 3, 3, group="p4"), GConv2d(3, 3, 3, group="p4")]
+    state = {f"{i}.weight": expand(layer.weight, layer.tables.expansion).detach() for i, layer in enumerate(layers)}
+    state = {name: weight + 1e-3 * weight.std() * torch.randn_like(weight) for name, weight in state.items()}
+    table = redundancy(state, group="p4", draws=2)
+    residual = table.to_frame().residual.max()
+    assert 1e-4 < residual < 1e-2
+    assert any(f"relative residual up to {residual:.1e}" in note for note in table.notes)
+    assert redundancy(layers[1], draws=0).notes == []

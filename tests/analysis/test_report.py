@@ -152,3 +152,17 @@ def test_a_network_of_zeros_has_finite_errors():
     assert (report.output_error, *report.equivariance_error) == (0, 0, 0)
     assert all(row.weight_error == 0 and row.rank == 1 for row in report.layers)
     assert not any(math.isnan(kept) for row in report.layers for kept in row.explained_energy["g"])
+
+
+def test_scores_that_are_not_finite_are_refused():
+    model = create_model("p4cnn", width=2)
+    model.bn3.running_var.fill_(-1)
+    with pytest.raises(InputError, match="class scores of the network as given are NaN or infinite"):
+        convert(model, "g", rank=1)
+
+
+def test_a_network_that_is_not_invariant_says_why():
+    _, report = convert(create_model("p4m-resnet44", width=1), "gc", rank=1)
+    assert report.equivariance_error[0] > 1e-8
+    assert "the network as given is not invariant: a stride that does not fit its map, or its head" in report.notes
+    assert any(note.startswith("stage2.0.conv1: stride 2 on a 32 x 32 map is inexact") for note in report.notes)
