@@ -209,3 +209,9 @@ def test_a_layer_that_runs_twice_is_counted_twice_and_its_parameters_once() -> N
     once, twice = (cost(nn.Sequential(*[conv] * runs), (2, 8, 8)) for runs in (1, 2))
     assert twice.macs_executed == 2 * once.macs_executed == 2 * 64 * 2 * 2 * 9
     assert twice.parameters == once.parameters == 2 * 2 * 9 + 2
+
+
+@pytest.mark.parametrize(("name", "giga"), [("p4m", 3.07), ("g-p4m", 2.09), ("gc-p4m", 2.21)])
+def test_the_resnets_macs_are_those_that_the_readme_states(name, giga):
+    total = cost(create_model(f"{name}-resnet44"), (3, 32, 32)).macs_published
+    assert round(total / 1e9, 2) == giga
