@@ -143,7 +143,7 @@ def _recover(
     reestimate_batchnorm(after, train.images)
     score("batch_norm", after)
     if finetune:
-        # The rate that the published recipe ends on: a larger one undoes a conversion that lost little.
+        # The rate that the published recipe ends on: the network is trained already.
         recipe = Recipe(finetune, learning_rate=Recipe.learning_rate / 10, decay_epoch=finetune)
         fit(after, train, recipe, seed=seed, label="fine-tuning")
         stages["finetune_recipe"] = recipe.to_dict()

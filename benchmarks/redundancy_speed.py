@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and record; 0 if both budgets hold, else 1."""
     p = Parser("redundancy_speed", __doc__ or "", "  python benchmarks/redundancy_speed.py --json out/speed.json")
     p.add_argument("--rounds", type=number(int, 1), default=3, help="turns of each, default 3")
-    p.add_argument("--draws", type=number(int, 2), default=2, help="of each null where the two compete, default 2")
+    p.add_argument("--draws", type=number(int, 2), default=5, help="of each null where the two compete, default 5")
     p.add_argument("--json", metavar="OUT", help="also write the record here")
     args = p.parse_args(argv)
     if args.json:
