@@ -215,7 +215,7 @@ class SeparableGConv2d(_GroupConv):
         form: ``"g"``, ``"gc"`` or ``"gc_in"``.
         rank: R, from 1 to ``form.max_rank(filter_shape)``.
         execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"dense"`` builds the full filter
-            and runs one convolution. Same output to rounding. Default: the form's faster one.
+            and runs one convolution. Same output to rounding. Default: the form's own.
     """
 
     def __init__(

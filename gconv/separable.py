@@ -54,8 +54,8 @@ class Form(ABC):
 
     Attributes:
         name: what users write.
-        default_execution: the faster one in practice. ``g`` run factorised needs a map O R times the size of its
-            input, so its dense filter is built from the factors instead.
+        default_execution: factorised, but for ``g``: run so it needs a map O R times the size of its input, so its
+            dense filter is built from the factors instead.
         spatial_first: whether the planar kernels run before the mix, so that the mix sees the output's resolution.
     """
 
@@ -215,7 +215,8 @@ class SharedPerOutput(Form):
         mixed = F.conv2d(x, w.permute(0, 3, 1, 2, 4).reshape(o * s * rank, i * s, 1, 1))
         d = turned(spatial, tables.pixels).reshape(o * s * rank, 1, k, k)
         y = F.conv2d(mixed, d, None, *sampling, groups=o * s * rank)
-        # Depthwise and then a sum: a grouped convolution of R inputs each would sum too, but runs several times slower.
+        # Depthwise and then a sum. A grouped convolution of R inputs each would sum too, but for R > 1 it is no longer
+        # depthwise, the case that backends have a kernel for.
         return y if rank == 1 else y.unflatten(1, (o * s, rank)).sum(2)
 
 

@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -424,3 +425,12 @@ def test_half_precision_keeps_what_it_cannot_hold(tmp_path) -> None:
         model.bn1.running_var.fill_(1e6)
     save(model, tmp_path / "half.pt", half=True)
     assert load(tmp_path / "half.pt").bn1.running_var.item() == 1e6
+
+
+def test_sound_files_of_other_kinds_are_not_called_damaged(tmp_path) -> None:
+    torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "arrays.npz", "w") as archive:
+        archive.writestr("x.npy", b"0")
+    for name, kind in {"script.pt": "a TorchScript program", "arrays.npz": "an archive of another kind"}.items():
+        with pytest.raises(InputError, match=f"{name} is {kind}; accepted: files written by gconv.save"):
+            read(tmp_path / name)

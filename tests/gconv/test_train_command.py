@@ -474,3 +474,21 @@ def test_an_interrupted_run_is_told_how_it_continues(monkeypatch, train):
     result = train(*SMALL, "--out", "net.pt")
     assert result.code == 130
     assert "to continue: python -m gconv.train rotdigits --resume net.pt" in result.err
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("resume", {"foo": 1}), ("resume", "x"), ("recipe", {"zzz": 1}), ("recipe", None)]
+)
+def test_an_unfinished_run_that_cannot_be_continued_is_one_line(train, where, value):
+    resume = {"optimizer": {}, "epochs_done": 1}
+    recipe = Recipe(epochs=2).to_dict()
+    record = {"dataset": "rotdigits", "dataset_sha256": "", "trained_on": "train"}
+    record |= {"seed": 0, "history": [], "snapshots": []}
+    record["recipe"] = value if where == "recipe" else recipe
+    model = create_model("p4cnn", width=1)
+    checkpoint.save(model, "half-way.pt", record=record, resume=value if where == "resume" else resume)
+    says(train("rotdigits", "--resume", "half-way.pt"), "half-way.pt is inconsistent")
+
+
+def test_a_width_beyond_all_memory_is_one_line(train):
+    says(train("rotdigits", "--model", "p4cnn", "--width", "10000000"), "no memory for p4cnn with --width 10000000")
