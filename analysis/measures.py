@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gconv.groups import Group
-from gconv.separable import FORMS
 
 from .irreps import element_names, irreps
 from .spectra import (
@@ -39,6 +38,9 @@ from .spectra import (
 
 # A measure and the part of the filter that it is taken of.
 Key = tuple[str, str]
+
+# The separable forms that are measured. The turned ones of gconv.separable are not: published tables have these three.
+MEASURED_FORMS = ("g", "gc", "gc_in")
 
 # Measures with one value for each rank: the share of the energy (or variance) that the ranks up to it keep.
 RANKED = ("explained_energy", "pca_explained_variance", "hosvd_energy")
@@ -125,7 +127,7 @@ def spectra(weight: Tensor, group: Group, *, shared_inputs: bool = True) -> dict
     """
     o, i, s = weight.shape[-5:-2]
     found: dict[Key, Tensor] = {}
-    blocks = {form: fold(weight, form, group) for form in FORMS}
+    blocks = {form: fold(weight, form, group) for form in MEASURED_FORMS}
     lifting = s < group.order
     for form, matrices in blocks.items():
         if lifting or (form == "gc_in" and not shared_inputs):

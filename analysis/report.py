@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.cost import cost
 from gconv.equivariance import equivariance_error
 from gconv.errors import InputError
-from gconv.groups import Group
 
-LATENCY_BATCH = 16
+from .execution import BATCH, latency
+from .memory import forward_memory
+
 _ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs
-_LATENCY_SECONDS = 3.0
-_LATENCY_ROUNDS = 15
 
 
 @dataclass
@@ -35,8 +32,11 @@ class LayerReport:
         explained_energy: for each form the share of energy kept at rank 1, 2, ….
         form: the form it was given, None if it was left as it was.
         rank: its rank in that form.
-        why: the reason for that choice, in words.
+        execution: how it runs.
+        why: the reasons for that choice, in words.
         weight_error: relative Frobenius error of the filter.
+        fit_error: relative error of the layer's output on training images when it was fitted; None without data.
+        milliseconds: of the layer alone, before and after, where the execution was chosen by time.
         parameters: of the layer, before and after; likewise the MACs of one image (:func:`gconv.cost`).
         macs_published: in the published convention.
         macs_executed: as executed.
@@ -49,7 +49,10 @@ class LayerReport:
     form: str | None
     rank: int | None
     why: str
-    weight_error: float
+    execution: str | None = None
+    weight_error: float = 0.0
+    fit_error: float | None = None
+    milliseconds: tuple[float, float] | None = None
     parameters: tuple[int, int] = (0, 0)
     macs_published: tuple[int, int] = (0, 0)
     macs_executed: tuple[int, int] = (0, 0)
@@ -60,17 +63,20 @@ class ConversionReport:
     """What a conversion did. Pairs are (before, after); everything is plain data after :meth:`to_dict`.
 
     Attributes:
-        request: the form and budget that were asked for.
+        request: the form and budget that were asked for, and how they were met.
         layers: one row per group-to-group layer.
         parameters: of the whole network; likewise the MACs of one image (:func:`gconv.cost`).
         macs_published: in the published convention.
         macs_executed: as executed.
-        output_error: relative error of the class scores on seeded random images, as converted, before batch norm is
-            re-estimated.
+        output_error: relative error of the class scores on seeded random images, before any fine-tuning.
         equivariance_error: for one seeded random image the largest relative change of the class scores over the group,
             in float64: at rounding level where the network is invariant.
         latency: median milliseconds a batch, and with what it was measured.
-        accuracy: error in per cent on the test images at each stage, as far as data was given.
+        memory: peak bytes of the live tensors in a forward pass of that batch, beside weights and input.
+        accuracy: error in per cent at each stage: on the test images, and under ``validation`` on those.
+        sensitivity: the options of each layer with their measured errors (:func:`analysis.sensitivity.to_table`), to
+            be used again; None if they were not measured.
+        finetuning: recipe and history, None without.
         notes: what was not measured, and why.
     """
 
@@ -82,62 +88,78 @@ class ConversionReport:
     output_error: float = 0.0
     equivariance_error: tuple[float, float] = (0.0, 0.0)
     latency: dict[str, Any] = field(default_factory=dict)
+    memory: tuple[int, int] = (0, 0)
     accuracy: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] | None = None
+    finetuning: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in ``report.json``."""
         return asdict(self)
 
-    def measure(
-        self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], group: Group, seed: int
-    ) -> None:
-        """Fill in costs, output and equivariance errors, and latency, from the two networks in eval mode."""
+    def measure(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
+        """Fill in costs, equivariance errors, latency and memory, and each layer's row, from two networks in eval mode.
+
+        Everything is read off the networks, so that the report of a network loaded from a file is true of the file.
+        """
         costs = [cost(network, input_shape) for network in (before, after)]
         rows = [{row.name: row for row in total.layers} for total in costs]
         for key in ("parameters", "macs_published", "macs_executed"):
             setattr(self, key, tuple(getattr(total, key) for total in costs))
             for layer in self.layers:
                 setattr(layer, key, tuple(getattr(row[layer.name], key) for row in rows))
-        images = torch.rand(LATENCY_BATCH, *input_shape, generator=torch.Generator().manual_seed(seed))
-        images = images.to(next(before.parameters()))  # its device and type
-        with torch.no_grad():
-            expected, got = before(images).double(), after(images).double()
-        norm, difference = expected.norm().item(), (got - expected).norm().item()
-        for network, scores in (("network as given", expected), ("converted network", got)):
-            if not torch.isfinite(scores).all():
-                raise InputError(f"the class scores of the {network} are NaN or infinite on random images in [0, 1)")
-        self.output_error = difference / norm if norm else difference
+        for layer in self.layers:
+            self._describe(layer, before.get_submodule(layer.name), after.get_submodule(layer.name))
+        images = random_images(before, input_shape, seed)
         one = images[:1].double()
         doubled = (copy.deepcopy(network).double() for network in (before, after))
+        group = next(module.group for module in before.modules() if isinstance(module, (GConv2d, SeparableGConv2d)))
         first, second = (equivariance_error(network, group, one) for network in doubled)
         self.equivariance_error = (first.max, second.max)
         if first.max > _ROUNDING:
-            self.notes.append("the network as given is not invariant: a stride that does not fit its map, or its head")
-            self.notes.extend(str(layer) for layer in first.inexact)
-        self.latency = _latency(before, after, images)
+            self._note("the network as given is not invariant: a stride that does not fit its map, or its head")
+            for inexact in first.inexact:
+                self._note(str(inexact))
+        self.latency = latency(before, after, images)
+        self.memory = (forward_memory(before, images), forward_memory(after, images))
+
+    def measure_output(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
+        """Fill in the error of the class scores.
+
+        Raises:
+            InputError: scores are NaN or infinite.
+        """
+        images = random_images(before, input_shape, seed)
+        with torch.no_grad():
+            expected, got = before(images).double(), after(images).double()
+        for network, scores in (("network as given", expected), ("converted network", got)):
+            if not torch.isfinite(scores).all():
+                raise InputError(f"the class scores of the {network} are NaN or infinite on random images in [0, 1)")
+        norm, difference = expected.norm().item(), (got - expected).norm().item()
+        self.output_error = difference / norm if norm else difference
+
+    def _describe(self, row: LayerReport, before: nn.Module, after: nn.Module) -> None:
+        assert isinstance(before, (GConv2d, SeparableGConv2d)) and isinstance(after, (GConv2d, SeparableGConv2d))
+        row.weight_error = relative_error(after.weight, before.weight)
+        if isinstance(after, SeparableGConv2d):
+            row.execution = after.execution
+        if row.form is not None:
+            assert isinstance(after, SeparableGConv2d)
+            row.form, row.rank = after.form.name, after.rank
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
-def _latency(before: nn.Module, after: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Median forward times, the two networks taking turns so that a drift of the machine's speed hits both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    began = time.perf_counter()
-    with torch.inference_mode():
-        for turn in range(_LATENCY_ROUNDS + 1):
-            for network, kept in zip((before, after), times, strict=True):
-                start = time.perf_counter()
-                network(images)
-                if images.is_cuda:
-                    torch.cuda.synchronize()
-                if turn:  # the first turn warms up
-                    kept.append(1000 * (time.perf_counter() - start))
-            if turn and time.perf_counter() - began > _LATENCY_SECONDS:
-                break
-    machine = torch.cuda.get_device_name(images.device) if images.is_cuda else platform.machine()
-    return {
-        "milliseconds": [round(statistics.median(kept), 3) for kept in times],
-        "batch": len(images),
-        "rounds": len(times[0]),
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-    }
+def random_images(model: nn.Module, input_shape: Sequence[int], seed: int) -> Tensor:
+    """The seeded images that a report is measured on, with the model's device and type."""
+    images = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(seed))
+    return images.to(next(model.parameters()))
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """The Frobenius norm of the difference, relative to that of the reference."""
+    norm = reference.double().norm().item()
+    return (value.double() - reference.double()).norm().item() / norm if norm else 0.0

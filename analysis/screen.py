@@ -8,8 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gconv.separable import FORMS
-
+from .measures import MEASURED_FORMS
 from .report import ConversionReport, LayerReport
 
 # A terminal tells its own width; in a file or a pipe the table must not be folded at 80 columns.
@@ -60,9 +59,9 @@ _STAGES = {
 
 
 def _layer_table(report: ConversionReport) -> Table:
-    title = "explained energy at rank 1, 2, 3 in each form; parameters and MACs as executed"
+    title = "explained energy at rank 1, 2, 3 in three forms; parameters and MACs as executed"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True, pad_edge=False)
-    for heading in ("layer", "filter", *FORMS, "converted to"):
+    for heading in ("layer", "filter", *MEASURED_FORMS, "converted to"):
         table.add_column(heading)
     for heading in ("parameters", "MACs"):
         table.add_column(heading, justify="right")
@@ -72,7 +71,7 @@ def _layer_table(report: ConversionReport) -> Table:
 
 
 def _cells(layer: LayerReport) -> list[str]:
-    energies = [" ".join(map(_share, layer.explained_energy[form][:_SHOWN_RANKS])) for form in FORMS]
+    energies = [" ".join(map(_share, layer.explained_energy[form][:_SHOWN_RANKS])) for form in MEASURED_FORMS]
     choice = f"{layer.form} rank {layer.rank}" if layer.form else "unchanged"
     sizes = [" → ".join(_short(count, 3) for count in pair) for pair in (layer.parameters, layer.macs_executed)]
     return [layer.name, f"{layer.group} {'x'.join(map(str, layer.shape))}", *energies, choice, *sizes]

@@ -49,7 +49,7 @@ def block_energies(weight: Tensor, form: str | Form, group: Group) -> Tensor:
 
     Args:
         weight: generator ``[..., O, I, S, k, k]``.
-        form: ``g``, ``gc`` or ``gc_in``.
+        form: a separable form, or its name.
         group: the group it is expanded under.
 
     Returns:
@@ -66,7 +66,7 @@ def block_variances(weight: Tensor, form: str | Form, group: Group) -> Tensor:
 
     Args:
         weight: generator ``[..., O, I, S, k, k]``.
-        form: ``g``, ``gc`` or ``gc_in``.
+        form: a separable form, or its name.
         group: the group it is expanded under.
 
     Returns:

@@ -20,10 +20,9 @@ from gconv import checkpoint
 from gconv.errors import InputError
 from gconv.files import atomic_path
 from gconv.groups import Group
-from gconv.separable import FORMS
 
 from .banks import FilterBank, FilterBanks, Skipped, filter_banks
-from .measures import RANKED, Key, pool, spectra, values
+from .measures import MEASURED_FORMS, RANKED, Key, pool, spectra, values
 from .null import NULLS, Band, band, null_filters
 from .spectra import UNFOLDINGS
 
@@ -194,7 +193,7 @@ def block_redundancy(bank: FilterBank) -> pd.DataFrame:
         (measure, part, rank if measure in RANKED else None, block, value)
         for form, blocks in layers.items()
         for (measure, part), found in values(_spectra(bank, blocks)).items()
-        if part == form or (form == "g" and part not in (*FORMS, *UNFOLDINGS))
+        if part == form or (form == "g" and part not in (*MEASURED_FORMS, *UNFOLDINGS))
         for block, spectrum in enumerate(found.tolist())
         for rank, value in enumerate(spectrum, start=1)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,47 @@ from .separable import Execution, FilterShape, Form, check_execution, form_named
 _Layer = TypeVar("_Layer", bound="_GroupConv")
 
 
+class _Prepared(NamedTuple):
+    """What the convolutions of a layer take beside the input: their filters, and the bias along the group axis."""
+
+    filters: tuple[Tensor, ...]
+    bias: Tensor | None
+
+
+class _Cache(NamedTuple):
+    """What was prepared, and from what: the execution and copies of the parameters."""
+
+    execution: Execution
+    parameters: list[Tensor]
+    prepared: _Prepared
+
+    def is_of(self, execution: Execution, parameters: list[Tensor]) -> bool:
+        """Whether these are still the same, by value: no version counter sees every way to change a parameter."""
+        pairs = zip(parameters, self.parameters, strict=False)
+        return (
+            execution == self.execution
+            and len(parameters) == len(self.parameters)
+            and all(new.dtype == old.dtype and torch.equal(new, old) for new, old in pairs)
+        )
+
+
 class _GroupConv(nn.Module, ABC):
     """What the layers share: arguments checked once, index tables, bias, the shapes of input and output.
 
     The tables are non-persistent buffers: they follow the module to its device and never enter the state dict.
+
+    What the convolutions need is made from the parameters in every forward pass, but for eval mode without gradients
+    on a CPU: there it is kept for as long as the parameters equal those that it was made from. Neither the state dict
+    nor a copy or a pickle has it, and a layer that goes back to training lets it go.
+
+    Attributes:
+        execution: ``"dense"`` or ``"factorized"``; dense but for some separable layers.
     """
 
+    execution: Execution = "dense"
     bias: nn.Parameter | None
+    _factors: ClassVar[tuple[str, ...]]  # the names of the filter's parameters
+    _cache: _Cache | None = None
     _expansion: Tensor
     _relative: Tensor
     _pixels: Tensor
@@ -103,6 +137,7 @@ class _GroupConv(nn.Module, ABC):
 
     def _reset_shared(self) -> None:
         """The bias as ``nn.Conv2d`` draws it; the tables anew, as they hold nothing after ``to_empty()``."""
+        self._cache = None  # made with the former tables
         for name, table in self._new_tables(self._expansion.device)._asdict().items():
             setattr(self, f"_{name}", table)
         if self.bias is not None:
@@ -116,13 +151,53 @@ class _GroupConv(nn.Module, ABC):
             raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
         return to_planar(x)
 
-    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """One ordinary convolution with the expanded filter; the group axis is still folded into the channels."""
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
-        return F.conv2d(x, expand(weight, self._expansion), bias, *self.sampling)
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output ``[N, O, S, H', W']``.
 
-    def _with_group_axis(self, y: Tensor) -> Tensor:
-        return y.unflatten(1, (self.out_channels, self.group.order))
+        Raises:
+            InputError: the input's shape does not fit.
+        """
+        x = self._planar_input(x)
+        return self._run(x, self._prepared(x)).unflatten(1, (self.out_channels, self.group.order))
+
+    @abstractmethod
+    def _new_filters(self) -> tuple[Tensor, ...]:
+        """The filters of the convolutions, from the parameters."""
+
+    def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+        """The convolutions, ``[N, I S_in, H, W]`` to ``[N, O S, H', W']``: here one with the expanded filter."""
+        (weight,) = prepared.filters
+        return F.conv2d(x, weight, prepared.bias, *self.sampling)
+
+    def _prepare(self) -> _Prepared:
+        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        return _Prepared(self._new_filters(), bias)
+
+    def _prepared(self, x: Tensor) -> _Prepared:
+        """What runs on this input, made anew or kept from before."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return self._prepare()
+        parameters = [p for p in (getattr(self, name) for name in (*self._factors, "bias")) if p is not None]
+        # Tensors of other types stand in for the layer's own: of functional calls, parametrisations, tracers.
+        plain = type(x) is Tensor and all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)
+        # Autocast may round what is prepared.
+        if not plain or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            self._cache = None
+            return self._prepare()
+        cache = self._cache  # read once: another thread may replace it
+        if cache is None or not cache.is_of(self.execution, parameters):
+            cache = _Cache(self.execution, [p.detach().clone() for p in parameters], self._prepare())
+            self._cache = cache
+        return cache.prepared
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what is kept in eval mode is let go."""
+        if mode:
+            self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's keywords that make a layer of the same shape, group and sampling."""
@@ -152,6 +227,7 @@ class _FullConv(_GroupConv):
     """A layer with the whole generator as its ``weight``, initialised as ``nn.Conv2d`` is at the expanded width."""
 
     weight: nn.Parameter
+    _factors = ("weight",)
 
     def _add_filter(self, like: dict[str, Any]) -> None:
         o, i, s_in, k = self.filter_shape
@@ -163,13 +239,8 @@ class _FullConv(_GroupConv):
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_shared()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output ``[N, O, S, H', W']``.
-
-        Raises:
-            InputError: the input's shape does not fit.
-        """
-        return self._with_group_axis(self._dense(self._planar_input(x), self.weight))
+    def _new_filters(self) -> tuple[Tensor, ...]:
+        return (expand(self.weight, self._expansion),)
 
 
 class LiftingConv2d(_FullConv):
@@ -212,11 +283,13 @@ class SeparableGConv2d(_GroupConv):
     :mod:`gconv.separable`; ``bias [O]``. Further arguments as :class:`LiftingConv2d`, and:
 
     Args:
-        form: ``"g"``, ``"gc"`` or ``"gc_in"``.
+        form: ``"g"``, ``"gc"``, ``"gc_in"``, ``"g_turned"`` or ``"gc_turned"``.
         rank: R, from 1 to ``form.max_rank(filter_shape)``.
         execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"dense"`` builds the full filter
             and runs one convolution. Same output to rounding. Default: the form's own.
     """
+
+    _factors = ("mix", "spatial")
 
     def __init__(
         self,
@@ -238,7 +311,7 @@ class SeparableGConv2d(_GroupConv):
         # Plain attributes, set first because the base class makes the parameters that depend on them.
         self.form = form_named(form)
         self.rank = rank
-        self.execution: Execution = check_execution(self.form.default_execution if execution is None else execution)
+        self.execution = check_execution(self.form.default_execution if execution is None else execution)
         super().__init__(
             in_channels,
             out_channels,
@@ -278,17 +351,17 @@ class SeparableGConv2d(_GroupConv):
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output ``[N, O, S, H', W']``.
-
-        Raises:
-            InputError: the input's shape does not fit.
-        """
-        x = self._planar_input(x)
+    def _new_filters(self) -> tuple[Tensor, ...]:
         if self.execution == "dense":
-            return self._with_group_axis(self._dense(x, self.weight))
-        y = self._with_group_axis(self.form.convolve(x, self.mix, self.spatial, self.tables, self.sampling))
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1, 1)
+            return (expand(self.weight, self._expansion),)
+        return self.form.filters(self.mix, self.spatial, self.tables)
+
+    def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+        if self.execution == "dense":
+            return super()._run(x, prepared)
+        w, d = prepared.filters
+        y = self.form.run(x, w, d, self.filter_shape, self.rank, self.sampling)
+        return y if prepared.bias is None else y + prepared.bias.view(-1, 1, 1)
 
     def macs(self, execution: str | None = None) -> tuple[int, int]:
         """As in the base class, under this ``execution`` or, by default, the layer's own."""
@@ -311,9 +384,7 @@ class SeparableGConv2d(_GroupConv):
         Raises:
             InputError: the layer does not map group to group, or the rank is out of range.
         """
-        if not isinstance(layer, (GConv2d, SeparableGConv2d)):
-            given = type(layer).__name__
-            raise InputError(f"a {given} cannot be separated; accepted: a group-to-group layer, full or separable")
+        _check_separable(layer)
         return SeparableGConv2d(**layer._settings(), form=form, rank=rank, execution=execution)
 
     @staticmethod
@@ -329,25 +400,68 @@ class SeparableGConv2d(_GroupConv):
             execution: as in the constructor.
 
         Raises:
-            InputError: the rank is out of range, or the layer's weight is not finite.
+            InputError: the layer does not map group to group, the rank is out of range, or its weight is not finite.
         """
+        _check_separable(layer)
+        mix, spatial = form_named(form).factor(layer.weight, rank, layer._pixels)
+        return SeparableGConv2d.from_factors(layer, form, mix, spatial, execution=execution)
+
+    @staticmethod
+    def from_factors(
+        layer: GConv2d | SeparableGConv2d,
+        form: str | Form,
+        mix: Tensor,
+        spatial: Tensor,
+        bias: Tensor | None = None,
+        execution: str | None = None,
+    ) -> SeparableGConv2d:
+        """A layer with these factors, and the size, group, sampling, mode, dtype and device of ``layer``.
+
+        Args:
+            layer: a full or a separable layer.
+            form: the form that the factors are of.
+            mix: with the shape that :meth:`Form.factor_shapes <gconv.separable.Form.factor_shapes>` states; copied.
+            spatial: likewise; it tells the rank.
+            bias: ``[O]``, for a layer that has one; by default the layer's own.
+            execution: as in the constructor.
+
+        Raises:
+            InputError: the layer does not map group to group, or the factors or the bias do not fit it.
+        """
+        _check_separable(layer)
+        form = form_named(form)
+        rank = spatial.shape[-3] if spatial.dim() > 2 else 1
+        form.check_rank(rank, layer.filter_shape)
+        shapes = form.factor_shapes(layer.filter_shape, rank)
+        if (mix.shape, spatial.shape) != shapes:
+            given = f"factors of shape {list(mix.shape)} and {list(spatial.shape)} do not fit form {form.name!r}"
+            raise InputError(f"{given}; accepted at rank {rank}: {list(shapes[0])} and {list(shapes[1])}")
+        if bias is not None and (layer.bias is None or bias.shape != layer.bias.shape):
+            accepted = "none, as the layer has none" if layer.bias is None else list(layer.bias.shape)
+            raise InputError(f"a bias of shape {list(bias.shape)} does not fit; accepted: {accepted}")
         with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
             separable = SeparableGConv2d.like(layer, form, rank, execution)
-        mix, spatial = separable.form.factor(layer.weight, rank, layer._pixels)
-        return _copy_into(separable, layer, mix=mix, spatial=spatial)
+        replaced = {"mix": mix, "spatial": spatial} | ({} if bias is None else {"bias": bias})
+        return _copy_into(separable, layer, **replaced)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form.name}, rank={self.rank}, execution={self.execution}"
 
 
 def _copy_into(target: _Layer, source: _GroupConv, **parameters: Tensor) -> _Layer:
-    """Give ``target`` these parameters, and the bias and mode of ``source``."""
+    """Give ``target`` these parameters, the mode of ``source``, and its bias unless another one is given."""
+    if source.bias is not None:
+        parameters = {"bias": source.bias, **parameters}
     with torch.no_grad():
         for name, value in parameters.items():
             getattr(target, name).copy_(value)
-        if target.bias is not None and source.bias is not None:
-            target.bias.copy_(source.bias)
     return target.train(source.training)
+
+
+def _check_separable(layer: nn.Module) -> None:
+    if not isinstance(layer, (GConv2d, SeparableGConv2d)):
+        given = type(layer).__name__
+        raise InputError(f"a {given} cannot be separated; accepted: a group-to-group layer, full or separable")
 
 
 def _at_least(low: int, name: str, value: object) -> int:

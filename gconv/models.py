@@ -25,8 +25,8 @@ class ModelSpec:
         name: one of ``MODELS``; it decides the architecture and the defaults of the rest.
         group: one of ``GROUPS``; z2 means plain convolutions.
         widths: channels of the CNN ``(w,)``, or of a ResNet's three stages.
-        separable: the form of all group-to-group k x k convolutions (``g``, ``gc``, ``gc_in``), ``c`` for the
-            channel-separable planar network, or None for full filters.
+        separable: the form of all group-to-group k x k convolutions (one of ``FORMS``), ``c`` for the channel-separable
+            planar network, or None for full filters.
         in_channels: channels of the input image.
         classes: number of class scores.
     """
@@ -204,7 +204,7 @@ def create_model(
         name: one of ``MODELS``, case-insensitive. The published width, group and form are the defaults.
         group: another group (:data:`gconv.GROUPS`).
         width: another width; the stages of a ResNet get ``(w, 2 w, 4 w)``.
-        separable: another form for the group-to-group layers: ``g``, ``gc`` or ``gc_in``.
+        separable: another form for the group-to-group layers, one of :data:`gconv.FORMS`.
         in_channels: channels of the input image; by default 1 for the CNNs, 3 for the ResNets.
         classes: number of class scores.
 

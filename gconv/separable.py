@@ -4,23 +4,28 @@ A form folds the generator ``K [O, I, S, k, k]`` into one matrix per block, ``[b
 separable of rank R when every block is a product of factors with inner dimension R; both factors are stored with
 shapes that say what they act on:
 
-=====  ============  ====================  =====================  =====================  ===================
-form   block         row                   ``mix``                ``spatial``            runs as
-=====  ============  ====================  =====================  =====================  ===================
-g      each (o, i)   s                     ``[O, I, R, S]``       ``[O, I, R, k, k]``    mix, then depthwise
-gc     each o        (i, s)                ``[O, R, I, S]``       ``[O, R, k, k]``       mix, then depthwise
-gc_in  each i        (o, t), own frame     ``[I, R, O, S]``       ``[I, R, k, k]``       depthwise, then mix
-=====  ============  ====================  =====================  =====================  ===================
+=========  ============  ======  =========  ====================  ====================  ===================
+form       block         row     own frame  ``mix``               ``spatial``           runs as
+=========  ============  ======  =========  ====================  ====================  ===================
+g          each (o, i)   s       no         ``[O, I, R, S]``      ``[O, I, R, k, k]``   mix, then depthwise
+gc         each o        (i, s)  no         ``[O, R, I, S]``      ``[O, R, k, k]``      mix, then depthwise
+gc_in      each i        (o, t)  yes        ``[I, R, O, S]``      ``[I, R, k, k]``      depthwise, then mix
+g_turned   each (o, i)   t       yes        ``[O, I, R, S]``      ``[O, I, R, k, k]``   depthwise, then mix
+gc_turned  each o        (i, t)  yes        ``[O, R, I, S]``      ``[O, R, k, k]``      mix, then depthwise
+=========  ============  ======  =========  ====================  ====================  ===================
 
-``g`` and ``gc`` at rank 1 are the layers of Lengyel & van Gemert (ICIP 2021). ``gc_in`` takes the kernel in the frame
-of its input element, ``K[o, i, t, t y]``, so that one planar kernel per input channel, turned by the element of the map
-that it reads, runs *before* the mix: ``K_s[o, i, s', y] = w[o, i, s^-1 s'] d[i, s'^-1 y]``.
+``g`` and ``gc`` at rank 1 are the layers of Lengyel & van Gemert (ICIP 2021). The forms in their *own frame* first turn
+every kernel back by the element of the input map that it reads, ``K'[o, i, t, y] = K[o, i, t, t y]``. Expanding ``K'``
+gives ``K_s[o, i, s', y] = K'[o, i, s^-1 s', s'^-1 y]``: the planar part depends on the input element s' alone, where
+that of the others, ``d[s^-1 y]``, depends on the output element s. For ``gc_in``, that lets one planar kernel per input
+channel, turned by s', run *before* the mix.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import reduce
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -54,12 +59,17 @@ class Form(ABC):
 
     Attributes:
         name: what users write.
-        default_execution: factorised, but for ``g``: run so it needs a map O R times the size of its input, so its
-            dense filter is built from the factors instead.
+        planar_axes: the channel axes that a planar kernel depends on, ``"oi"``, ``"o"`` or ``"i"``: the blocks. The
+            other channel axes and the group axis make the rows.
+        own_frame: whether every kernel is first turned back by the element that it reads, ``K[o, i, t, t y]``.
+        default_execution: factorised, but for the forms with a kernel per channel pair: run so they need a map O R
+            times the size of their input, so their dense filter is built from the factors instead.
         spatial_first: whether the planar kernels run before the mix, so that the mix sees the output's resolution.
     """
 
     name: ClassVar[str]
+    planar_axes: ClassVar[str]
+    own_frame: ClassVar[bool] = False
     default_execution: ClassVar[Execution] = "factorized"
     spatial_first: ClassVar[bool] = False
 
@@ -68,35 +78,48 @@ class Form(ABC):
         return form_named, (self.name,)
 
     @abstractmethod
-    def blocks(self, shape: FilterShape) -> int:
-        """The number of matrices that a filter folds into."""
+    def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        """How many inputs each output of the mix, and of the planar kernels, sums over when run factorised."""
 
     @abstractmethod
+    def macs(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        """Multiply-accumulates a position of (the mix, the planar kernels) when run factorised."""
+
+    @abstractmethod
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """The filters of the two convolutions of :meth:`run`, for the mix ``[., ., 1, 1]`` and for the plane."""
+
+    @abstractmethod
+    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+        """Run factorised, with the two :meth:`filters`: ``[N, I S, H, W]`` to ``[N, O S, H', W']``, without bias."""
+
+    def blocks(self, shape: FilterShape) -> int:
+        """The number of matrices that a filter folds into."""
+        return math.prod(self._channels(shape)[0])
+
     def fold(self, weight: Tensor, pixels: Tensor) -> Tensor:
         """The generator ``[O, I, S, k, k]`` as block matrices ``[blocks, rows, k k]``, a permutation of its entries.
 
         ``pixels`` is the table of that name in :class:`~gconv.functional.Tables`.
         """
+        o, i, s, k, _ = shape = weight.shape
+        if self.own_frame:
+            weight = weight.reshape(o, i, s * k * k).index_select(2, torch.argsort(_frame(pixels, s))).view(shape)
+        return self._planar_first(weight).reshape(self.blocks(FilterShape(o, i, s, k)), -1, k * k)
 
-    @abstractmethod
     def unfold(self, matrices: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
         """The inverse of :meth:`fold`."""
+        o, i, s, k = shape
+        planar, others = self._channels(shape)
+        weight = self._planar_first(matrices.reshape(*planar, *others, s * k * k))  # an exchange undoes itself
+        if self.own_frame:
+            weight = weight.index_select(2, _frame(pixels, s))
+        return weight.reshape(o, i, s, k, k)
 
-    @abstractmethod
     def factor_shapes(self, shape: FilterShape, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of ``mix`` and ``spatial``."""
-
-    @abstractmethod
-    def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
-        """How many inputs each output of the mix, and of the planar kernels, sums over when run factorised."""
-
-    @abstractmethod
-    def convolve(self, x: Tensor, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling) -> Tensor:
-        """Run factorised: planar layout in ``[N, I S, H, W]`` and out ``[N, O S, H', W']``, without bias."""
-
-    @abstractmethod
-    def macs(self, shape: FilterShape, rank: int) -> tuple[int, int]:
-        """Multiply-accumulates a position of (the mix, the planar kernels) when run factorised."""
+        planar, others = self._channels(shape)
+        return (*planar, rank, *others, shape.order), (*planar, rank, shape.k, shape.k)
 
     def macs_by_map(self, shape: FilterShape, rank: int) -> tuple[int, int]:
         """The same per position of the (input map, output map): the mix runs on whichever it reads."""
@@ -145,25 +168,23 @@ class Form(ABC):
             of = f"form {self.name!r} of a {[*shape, shape.k]} filter"
             raise InputError(f"rank {rank!r} is out of range for {of}; accepted: 1 to {self.max_rank(shape)}")
 
+    def _channels(self, shape: FilterShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The sizes of the channel axes that the planar kernels depend on, and of the others."""
+        sizes = {"o": shape.out_channels, "i": shape.in_channels}
+        planar = tuple(sizes.pop(axis) for axis in self.planar_axes)
+        return planar, tuple(sizes.values())
+
+    def _planar_first(self, tensor: Tensor) -> Tensor:
+        """Exchange the two leading axes, O and I, where the second is the one that the planar kernels depend on."""
+        return tensor.transpose(0, 1) if self.planar_axes == "i" else tensor
+
 
 class SharedPerPair(Form):
     """``g``: one planar kernel for each (output, input) channel pair, shared along the group axis."""
 
     name = "g"
+    planar_axes = "oi"
     default_execution = "dense"
-
-    def blocks(self, shape: FilterShape) -> int:
-        return shape.out_channels * shape.in_channels
-
-    def fold(self, weight: Tensor, pixels: Tensor) -> Tensor:
-        return weight.flatten(3).flatten(0, 1)
-
-    def unfold(self, matrices: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
-        return _as_generator(matrices, shape)
-
-    def factor_shapes(self, shape: FilterShape, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        o, i, s, k = shape
-        return (o, i, rank, s), (o, i, rank, k, k)
 
     def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
         return shape.order, shape.in_channels * rank * shape.k**2
@@ -172,14 +193,16 @@ class SharedPerPair(Form):
         pairs = shape.out_channels * shape.in_channels * rank
         return pairs * shape.order**2, pairs * shape.order * shape.k**2
 
-    def convolve(self, x: Tensor, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling) -> Tensor:
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         o, i, rank, s = mix.shape
         k = spatial.shape[-1]
         # Mix every input channel on its own, for every output channel: I groups with O S R outputs each.
-        w = mix.reshape(-1, s).index_select(1, tables.relative).view(o, i, rank, s, s)
-        mixed = F.conv2d(x, w.permute(1, 0, 3, 2, 4).reshape(i * o * s * rank, s, 1, 1), groups=i)
-        mixed = mixed.unflatten(1, (i, o * s, rank)).transpose(1, 2).flatten(1, 3)
-        d = turned(spatial.flatten(1, 2), tables.pixels).reshape(o * s, i * rank, k, k)
+        w = seen(mix, tables.relative).permute(1, 0, 3, 2, 4).reshape(i * o * s * rank, s, 1, 1)
+        return w, turned(spatial.flatten(1, 2), tables.pixels).reshape(o * s, i * rank, k, k)
+
+    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+        o, i, s, _ = shape
+        mixed = F.conv2d(x, w, groups=i).unflatten(1, (i, o * s, rank)).transpose(1, 2).flatten(1, 3)
         return F.conv2d(mixed, d, None, *sampling, groups=o * s)
 
 
@@ -187,19 +210,7 @@ class SharedPerOutput(Form):
     """``gc``: one planar kernel for each output channel, shared along the group axis and over input channels."""
 
     name = "gc"
-
-    def blocks(self, shape: FilterShape) -> int:
-        return shape.out_channels
-
-    def fold(self, weight: Tensor, pixels: Tensor) -> Tensor:
-        return weight.flatten(3).flatten(1, 2)
-
-    def unfold(self, matrices: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
-        return _as_generator(matrices, shape)
-
-    def factor_shapes(self, shape: FilterShape, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        o, i, s, k = shape
-        return (o, rank, i, s), (o, rank, k, k)
+    planar_axes = "o"
 
     def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
         return shape.in_channels * shape.order, rank * shape.k**2
@@ -208,45 +219,26 @@ class SharedPerOutput(Form):
         maps = shape.out_channels * shape.order * rank
         return maps * shape.in_channels * shape.order, maps * shape.k**2
 
-    def convolve(self, x: Tensor, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling) -> Tensor:
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         o, rank, i, s = mix.shape
         k = spatial.shape[-1]
-        w = mix.reshape(-1, s).index_select(1, tables.relative).view(o, rank, i, s, s)
-        mixed = F.conv2d(x, w.permute(0, 3, 1, 2, 4).reshape(o * s * rank, i * s, 1, 1))
-        d = turned(spatial, tables.pixels).reshape(o * s * rank, 1, k, k)
-        y = F.conv2d(mixed, d, None, *sampling, groups=o * s * rank)
+        w = seen(mix, tables.relative).permute(0, 3, 1, 2, 4).reshape(o * s * rank, i * s, 1, 1)
+        return w, turned(spatial, tables.pixels).reshape(o * s * rank, 1, k, k)
+
+    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+        y = F.conv2d(F.conv2d(x, w), d, None, *sampling, groups=len(d))
         # Depthwise and then a sum. A grouped convolution of R inputs each would sum too, but for R > 1 it is no longer
         # depthwise, the case that backends have a kernel for.
-        return y if rank == 1 else y.unflatten(1, (o * s, rank)).sum(2)
+        return y if rank == 1 else y.unflatten(1, (shape.out_channels * shape.order, rank)).sum(2)
 
 
 class SharedPerInput(Form):
-    """``gc_in``: one planar kernel for each input channel, turned by the element of the input map it reads.
-
-    Folding takes the kernel in the frame of its input element, ``K'[o, i, t, y] = K[o, i, t, t y]``. Expanding
-    ``K'`` gives ``K_s[o, i, s', y] = K'[o, i, s^-1 s', s'^-1 y]``: the planar part depends on s' alone, so it can run
-    first.
-    """
+    """``gc_in``: one planar kernel for each input channel, turned by the element of the input map that it reads."""
 
     name = "gc_in"
+    planar_axes = "i"
+    own_frame = True
     spatial_first = True
-
-    def blocks(self, shape: FilterShape) -> int:
-        return shape.in_channels
-
-    def fold(self, weight: Tensor, pixels: Tensor) -> Tensor:
-        o, i, s, k, _ = weight.shape
-        own_frame = weight.reshape(o, i, s * k * k).index_select(2, torch.argsort(_frame(pixels, s)))
-        return own_frame.view(o, i, s, k * k).transpose(0, 1).flatten(1, 2)
-
-    def unfold(self, matrices: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
-        o, i, s, k = shape
-        own_frame = matrices.view(i, o, s * k * k).transpose(0, 1)
-        return own_frame.index_select(2, _frame(pixels, s)).reshape(o, i, s, k, k)
-
-    def factor_shapes(self, shape: FilterShape, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        o, i, s, k = shape
-        return (i, rank, o, s), (i, rank, k, k)
 
     def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
         return shape.in_channels * shape.order * rank, shape.k**2
@@ -255,16 +247,87 @@ class SharedPerInput(Form):
         maps = shape.in_channels * shape.order * rank
         return maps * shape.out_channels * shape.order, maps * shape.k**2
 
-    def convolve(self, x: Tensor, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling) -> Tensor:
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         i, rank, o, s = mix.shape
         k = spatial.shape[-1]
-        d = turned(spatial, tables.pixels).reshape(i * s * rank, 1, k, k)
+        w = seen(mix, tables.relative).permute(2, 3, 0, 4, 1).reshape(o * s, i * s * rank, 1, 1)
+        return w, turned(spatial, tables.pixels).reshape(i * s * rank, 1, k, k)
+
+    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+        return F.conv2d(F.conv2d(x, d, None, *sampling, groups=shape.in_channels * shape.order), w)
+
+
+class TurnedPerPair(Form):
+    """``g_turned``: one planar kernel for each (output, input) channel pair, turned by the element that it reads."""
+
+    name = "g_turned"
+    planar_axes = "oi"
+    own_frame = True
+    default_execution = "dense"
+    spatial_first = True
+
+    def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        return shape.in_channels * shape.order * rank, shape.k**2
+
+    def macs(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        maps = shape.out_channels * shape.in_channels * shape.order * rank
+        return maps * shape.order, maps * shape.k**2
+
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        o, i, rank, s = mix.shape
+        k = spatial.shape[-1]
+        w = seen(mix, tables.relative).permute(0, 3, 1, 4, 2).reshape(o * s, i * s * rank, 1, 1)
+        # Every input map is filtered for every output channel: I S groups with O R outputs each.
+        d = turned(spatial.flatten(0, 1), tables.pixels).unflatten(0, (o, i)).permute(1, 2, 0, 3, 4, 5)
+        return w, d.reshape(i * s * o * rank, 1, k, k)
+
+    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+        o, i, s, _ = shape
         filtered = F.conv2d(x, d, None, *sampling, groups=i * s)
-        w = mix.reshape(-1, s).index_select(1, tables.relative).view(i, rank, o, s, s)
-        return F.conv2d(filtered, w.permute(2, 3, 0, 4, 1).reshape(o * s, i * s * rank, 1, 1))
+        return F.conv2d(filtered.unflatten(1, (i * s, o, rank)).transpose(1, 2).flatten(1, 3), w, groups=o)
 
 
-FORMS: dict[str, Form] = {form.name: form for form in (SharedPerPair(), SharedPerOutput(), SharedPerInput())}
+class TurnedPerOutput(Form):
+    """``gc_turned``: one planar kernel for each output channel, turned by the element of the input map that it reads.
+
+    As the planar part depends on s' and the mix on both s and s', there are maps for all pairs of elements: the planar
+    part costs S times that of ``gc``.
+    """
+
+    name = "gc_turned"
+    planar_axes = "o"
+    own_frame = True
+
+    def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        return shape.in_channels, shape.order * rank * shape.k**2
+
+    def macs(self, shape: FilterShape, rank: int) -> tuple[int, int]:
+        maps = shape.out_channels * shape.order**2 * rank
+        return maps * shape.in_channels, maps * shape.k**2
+
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        o, rank, i, s = mix.shape
+        k = spatial.shape[-1]
+        # S filters one after the other, one for the maps of each input element, with R O S outputs.
+        w = seen(mix, tables.relative).permute(4, 1, 0, 3, 2).reshape(s * rank * o * s, i, 1, 1)
+        d = turned(spatial, tables.pixels).permute(1, 2, 0, 3, 4).unsqueeze(3).expand(s, rank, o, s, k, k)
+        return w, d.reshape(s * rank * o * s, 1, k, k)
+
+    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+        o, i, s, _ = shape
+
+        def of_element(maps: Tensor, w: Tensor, d: Tensor) -> Tensor:
+            y = F.conv2d(F.conv2d(maps, w), d, None, *sampling, groups=len(d))
+            return y if rank == 1 else y.unflatten(1, (rank, o * s)).sum(1)
+
+        # One input element after the other: on CPUs twice as fast as all at once, which needs maps S times the size.
+        return reduce(torch.add, map(of_element, x.unflatten(1, (i, s)).unbind(2), w.chunk(s), d.chunk(s)))
+
+
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (SharedPerPair(), SharedPerOutput(), SharedPerInput(), TurnedPerPair(), TurnedPerOutput())
+}
 
 
 def form_named(name: str | Form) -> Form:
@@ -292,15 +355,16 @@ def check_execution(execution: str) -> Execution:
     raise one_of("execution", execution, EXECUTIONS)
 
 
-def _as_generator(matrices: Tensor, shape: FilterShape) -> Tensor:
-    o, i, s, k = shape
-    return matrices.reshape(o, i, s, k, k)
-
-
 def _frame(pixels: Tensor, order: int) -> Tensor:
     """``[S k k]`` indices that take a kernel in its own frame back: ``K[t, y] = K'[t, t^-1 y]``."""
     k2 = pixels.numel() // order
     return pixels + torch.arange(order, device=pixels.device).repeat_interleave(k2) * k2
+
+
+def seen(mix: Tensor, relative: Tensor) -> Tensor:
+    """A mix as every output element sees it: ``[..., S]`` to ``[..., S, S]``, entry (s, s') being ``w[s^-1 s']``."""
+    s = mix.shape[-1]
+    return mix.reshape(-1, s).index_select(1, relative).view(*mix.shape, s)
 
 
 def turned(spatial: Tensor, pixels: Tensor) -> Tensor:

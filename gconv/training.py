@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: Adam, and a learning rate divided by ten once. The defaults are the published rotated-MNIST run.
+    """How to train: Adam under a schedule of its rate. The defaults are the published rotated-MNIST run.
 
     Attributes:
         epochs: passes over the training images.
         batch_size: images a step; the last step of an epoch takes what is left.
-        learning_rate: before ``decay_epoch``; a tenth of it from then on.
+        learning_rate: the highest.
         weight_decay: Adam's L2 penalty.
-        decay_epoch: epochs at the full learning rate.
+        decay_epoch: epochs at the full learning rate, of the schedule ``step``.
+        schedule: ``step``: a tenth of the rate from ``decay_epoch`` on; ``cosine``: the rate rises linearly during the
+            first tenth of all steps and then falls to zero as half a cosine.
     """
 
     epochs: int = 50
@@ -38,10 +41,16 @@ class Recipe:
     learning_rate: float = 1e-2
     weight_decay: float = 1e-5
     decay_epoch: int = 40
+    schedule: Literal["step", "cosine"] = "step"
 
-    def rate(self, epoch: int) -> float:
-        """The learning rate in epoch number ``epoch``, counted from 0."""
-        return self.learning_rate * (0.1 if epoch >= self.decay_epoch else 1.0)
+    def rate(self, epoch: int, progress: float = 0.0) -> float:
+        """The learning rate in epoch number ``epoch``, counted from 0, after this share of its steps."""
+        if self.schedule == "step":
+            return self.learning_rate * (0.1 if epoch >= self.decay_epoch else 1.0)
+        done = (epoch + progress) / self.epochs
+        warm = 0.1
+        share = done / warm if done < warm else (1 + math.cos(math.pi * (done - warm) / (1 - warm))) / 2
+        return self.learning_rate * share
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a record."""
@@ -51,6 +60,14 @@ class Recipe:
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         """The recipe that :meth:`to_dict` described."""
         return cls(**{key: value for key, value in data.items() if key != "optimizer"})
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of a batch's images, its class scores and its labels: a scalar to minimise."""
+
+
+def _cross_entropy(images: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores, labels)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ def fit(
     *,
     seed: int,
     validation: Split | None = None,
+    loss: Loss = _cross_entropy,
     resume: dict[str, Any] | None = None,
     after_epoch: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, resume: None,
     label: str = "training",
@@ -108,6 +126,7 @@ def fit(
         recipe: how.
         seed: of the data order (initialisation is the caller's).
         validation: images to score after every epoch, if any.
+        loss: of (images, scores, labels) of a batch.
         resume: what ``after_epoch`` was given last, to continue an interrupted run.
         after_epoch: called with the epoch's row of the history and with what a continuation needs.
         label: what the progress bar on stderr calls the run.
@@ -137,19 +156,19 @@ def fit(
     with bar:
         for epoch in range(start, recipe.epochs):
             began = time.perf_counter()
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = recipe.rate(epoch)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(len(labels), generator=generator).to(like.device)
             model.train()
             loss_sum = wrong = 0.0
-            for batch in _batches(order, recipe.batch_size):
+            for step, batch in enumerate(_batches(order, recipe.batch_size)):
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = recipe.rate(epoch, step / steps)
                 scores = model(images[batch])
-                loss = F.cross_entropy(scores, labels[batch])
+                value = loss(images[batch], scores, labels[batch])
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                value.backward()
                 optimizer.step()
-                loss_sum += loss.item() * len(batch)
+                loss_sum += value.item() * len(batch)
                 wrong += (scores.argmax(1) != labels[batch]).sum().item()
                 bar.update()
             row: dict[str, Any] = {

@@ -57,12 +57,12 @@ def test_layers_of_this_package(on):
         nn.Conv2d(2 * group(on).order, 5, 1),
     )
     banks = filter_banks(network)
-    s = group(on).order
-    kinds = ["lifting", *FORMS, "full", "full", "planar"] if s > 1 else ["planar"] * 7
+    s, n = group(on).order, len(FORMS)
+    kinds = ["lifting", *FORMS, "full", "full", "planar"] if s > 1 else ["planar"] * (n + 4)
     assert [bank.kind for bank in banks] == kinds
-    assert [bank.name for bank in banks] == ["0", "1", "2", "3", "4.0", "4.1", "5"]
-    assert [bank.lifting for bank in banks] == [s > 1, *[False] * 6]
-    assert [bank.group.name for bank in banks] == [on] * 6 + ["z2"]
+    assert [bank.name for bank in banks] == ["0", *map(str, range(1, n + 1)), f"{n + 1}.0", f"{n + 1}.1", str(n + 2)]
+    assert [bank.lifting for bank in banks] == [s > 1, *[False] * (n + 3)]
+    assert [bank.group.name for bank in banks] == [on] * (n + 3) + ["z2"]
     for bank in banks[:-1]:
         layer = network.get_submodule(bank.name)
         assert bank.weight.dtype == torch.float64

@@ -14,13 +14,13 @@ from tensorly.decomposition import tucker
 from analysis import block_redundancy, spectra
 from analysis.banks import FilterBank
 from analysis.irreps import element_names, irreps
-from analysis.measures import group_gram, invariance, irrep_energy, kernel_cosine, pool, values
+from analysis.measures import MEASURED_FORMS, group_gram, invariance, irrep_energy, kernel_cosine, pool, values
 from analysis.measures import spectra as measured
-from gconv import FORMS, GROUPS, SeparableGConv2d, act, group
+from gconv import GROUPS, SeparableGConv2d, act, group
 
 GROUPS_WITH_AXIS = [group(name) for name in GROUPS if name != "z2"]
 every_group = pytest.mark.parametrize("under", GROUPS_WITH_AXIS, ids=str)
-every_form = pytest.mark.parametrize("form", FORMS)
+every_form = pytest.mark.parametrize("form", MEASURED_FORMS)
 
 
 def random_filter(o, i, under, k, *, seed=0, s=None):
@@ -203,7 +203,7 @@ def test_pooling_is_that_of_the_energy_of_layers_scaled_alike():
     layers = [measured(weight.unsqueeze(0), under) for weight in (first, second)]
     pooled = values(pool(layers, [first.numel(), second.numel()]))
     scaled = [weight / weight.square().mean().sqrt() for weight in (first, second)]
-    for form in FORMS:
+    for form in MEASURED_FORMS:
         energies = [spectra.block_energies(weight, form, under).sum(0) for weight in scaled]
         longest = max(map(len, energies))
         total = sum(torch.nn.functional.pad(energy, (0, longest - len(energy))) for energy in energies)

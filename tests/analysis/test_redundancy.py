@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from analysis import block_redundancy, filter_banks, redundancy, redundancy_over_epochs
+from analysis.measures import MEASURED_FORMS
 from analysis.redundancy import main
 from analysis.table import COLUMNS, NETWORK
-from gconv import FORMS, GConv2d, InputError, LiftingConv2d, create_model, load, save
+from gconv import GConv2d, InputError, LiftingConv2d, create_model, load, save
 from gconv.functional import expand
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
@@ -30,7 +31,7 @@ def trained():
 # ------------------------------------------------------------------------------------------------- a trained network
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MEASURED_FORMS)
 def test_trained_energy_lies_outside_the_null_band_in_every_layer(trained, form):
     frame = trained.to_frame()
     first = frame[(frame.measure == "explained_energy") & (frame.part == form) & (frame["rank"] == 1)]
@@ -52,7 +53,7 @@ def test_redundancy_is_learned_in_the_course_of_training():
     frame = redundancy_over_epochs(reversed(SNAPSHOTS), draws=5).to_frame()
     assert list(frame.epoch.unique()) == [0, 1, 2, 5, 10, 20, 50]
     network = frame[(frame.layer == NETWORK) & (frame["rank"] == 1) & (frame.measure == "explained_energy")]
-    for form in FORMS:
+    for form in MEASURED_FORMS:
         z = network[network.part == form].set_index("epoch").init_z
         assert abs(z[0]) < 5
         assert (z[1:] > 10).all()
@@ -128,7 +129,7 @@ def test_without_draws_there_are_values_alone():
 def test_blocks_are_measured_one_by_one():
     bank = filter_banks(load(TRAINED))[2]
     table = block_redundancy(bank)
-    assert table.groupby("part").block.nunique()[list(FORMS)].tolist() == [100, 10, 10]
+    assert table.groupby("part").block.nunique()[list(MEASURED_FORMS)].tolist() == [100, 10, 10]
     one = table[(table.measure == "irrep_energy") & (table.block == 37)].set_index("part").value
     kernels = bank.weight[3, 7]
     assert one["A"] == pytest.approx(4 * kernels.mean(0).square().sum().item() / kernels.square().sum().item())

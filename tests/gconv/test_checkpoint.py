@@ -58,6 +58,13 @@ NETWORKS: dict[str, Callable[[], Model]] = {
         stage2__0__shortcut=("gc", 1),
         stage3__6__conv2=("gc", 2, "dense"),
     ),
+    "own-frame": lambda: converted(
+        create_model("p4cnn", group="pmm", width=2, separable="gc_turned"),
+        conv2=("g_turned", 2),
+        conv3=("g_turned", 3, "factorized"),
+        conv4=("gc_turned", 4, "dense"),
+        conv5=None,
+    ),
     "float64": lambda: create_model("gc-p4cnn", width=2).double(),
 }
 

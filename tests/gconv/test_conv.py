@@ -1,14 +1,18 @@
 """The layers: one function whichever way they run, drawn at the right scale, and as handy as ``nn.Conv2d``."""
 
 import copy
+import io
 import math
 import pickle
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,7 +176,7 @@ def test_parameters_and_macs_of_a_separable_layer_are_those_of_its_form(form, da
     form, size = layer.form, (layer.filter_shape, layer.rank)
     mix, spatial = form.macs(*size)
     assert layer.mix.numel() + layer.spatial.numel() == form.parameters(*size)
-    assert layer.macs("factorized") == ((0, mix + spatial) if form.name == "gc_in" else (mix, spatial))
+    assert layer.macs("factorized") == ((0, mix + spatial) if form.name in ("gc_in", "g_turned") else (mix, spatial))
     assert layer.macs() == layer.macs(layer.execution)
 
 
@@ -283,7 +287,7 @@ def test_a_number_that_cannot_be_is_named_with_what_is_accepted(kind, keywords, 
     ("keywords", "message"),
     [
         ({"group": "p6"}, "unknown group 'p6'; accepted: z2, p2, p4, pm, pmm, p4m"),
-        ({"form": "cg"}, "unknown form 'cg'; accepted: g, gc, gc_in"),
+        ({"form": "cg"}, "unknown form 'cg'; accepted: g, gc, gc_in, g_turned, gc_turned"),
         ({"execution": "fast"}, "unknown execution 'fast'; accepted: dense, factorized"),
         ({"rank": 0}, "rank 0 is out of range for form 'gc' of a [3, 2, 4, 3, 3] filter; accepted: 1 to 8"),
         ({"rank": 9}, "rank 9 is out of range for form 'gc' of a [3, 2, 4, 3, 3] filter; accepted: 1 to 8"),
@@ -390,3 +394,322 @@ def test_an_unknown_execution_is_refused_wherever_it_is_given() -> None:
         SeparableGConv2d(2, 3, 3, group="p4", execution="")
     with pytest.raises(InputError, match="unknown execution 'bogus'"):
         SeparableGConv2d(2, 3, 3, group="p4").macs("bogus")
+
+
+# What is kept in eval mode
+
+
+def prepared_in(layer, run):
+    """How often a layer makes its filters anew while ``run`` runs."""
+    make_filters = type(layer)._new_filters
+    with patch.object(type(layer), "_new_filters", autospec=True, side_effect=make_filters) as counted:
+        run()
+    return counted.call_count
+
+
+def as_new(layer, x):
+    """The output of the layer without anything kept."""
+    assert layer.training or layer._cache is not None  # or there would be nothing to compare with
+    with torch.enable_grad():
+        return copy.deepcopy(layer)(x).detach()
+
+
+def warm(kind, **keywords):
+    """A layer that has run in eval mode, and its input."""
+    layer = make(kind, 2, 3, 3, **keywords).eval()
+    x = map_for(layer)
+    with torch.no_grad():
+        layer(x)
+    assert layer._cache is not None
+    return layer, x
+
+
+@every_kind
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+@given(data=st.data())
+def test_filters_are_made_once_in_eval_mode_and_give_the_same_bits(kind, without_gradients, data):
+    layer = data.draw(layers(kind)).eval()
+    maps = [map_drawn_for(data, layer) for _ in range(3)]
+    expected = [layer(x).detach() for x in maps]
+    with without_gradients():
+        assert prepared_in(layer, lambda: [layer(x) for x in maps]) == 1
+        assert all(layer(x).equal(y) for x, y in zip(maps, expected, strict=True))
+
+
+def in_place(layer):
+    with torch.no_grad():
+        next(layer.parameters()).add_(1)
+
+
+def one_entry(layer):
+    # NumPy shares the memory: no version counter moves.
+    next(layer.parameters()).detach().numpy().reshape(-1)[-1] += 1
+
+
+def in_inference_mode(layer):
+    with torch.inference_mode():
+        next(layer.parameters()).data.mul_(2)
+
+
+def step(layer):
+    optimiser = torch.optim.SGD(layer.parameters(), 1.0)
+    layer(map_for(layer)).square().sum().backward()
+    optimiser.step()
+
+
+def other_state(layer):
+    return {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
+
+
+def new_parameter(layer):
+    name, parameter = next(layer.named_parameters())
+    setattr(layer, name, nn.Parameter(parameter.detach() + 1))
+
+
+CHANGES = {
+    "in place": in_place,
+    "one entry": one_entry,
+    "in inference mode": in_inference_mode,
+    "data in place": lambda layer: next(layer.parameters()).data.zero_(),
+    "data replaced": lambda layer: [setattr(p, "data", p.data.clone() + 1) for p in layer.parameters()],
+    "last factor": lambda layer: list(layer.parameters())[-1].data.mul_(2),
+    "bias": lambda layer: layer.bias.data.add_(1),
+    "no bias": lambda layer: setattr(layer, "bias", None),
+    "parameter replaced": new_parameter,
+    "load_state_dict": lambda layer: layer.load_state_dict(other_state(layer)),
+    "load_state_dict, assigned": lambda layer: layer.load_state_dict(other_state(layer), assign=True),
+    "optimiser": step,
+    "drawn anew": lambda layer: layer.reset_parameters(),
+    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(
+        torch.randn(sum(p.numel() for p in layer.parameters())), layer.parameters()
+    ),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_of_the_parameters_is_seen_in_eval_mode(kind, change):
+    layer, x = warm(kind)
+    with torch.no_grad():
+        before = layer(x)
+    change(layer)
+    with torch.no_grad():
+        after = layer(x)
+        assert not after.equal(before)
+        assert after.equal(as_new(layer, x))
+        assert prepared_in(layer, lambda: layer(x)) == 0
+
+
+@every_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_change_of_dtype_is_seen_in_eval_mode(kind, bias):
+    layer, x = warm(kind, bias=bias)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        layer.to(dtype)
+        with torch.no_grad():
+            y = layer(x.to(dtype))
+        assert y.dtype == dtype
+        assert y.equal(as_new(layer, x.to(dtype)))
+
+
+@every_form
+def test_a_change_of_execution_is_seen_in_eval_mode(form):
+    layer, x = warm(form)
+    for execution in (*EXECUTIONS, EXECUTIONS[0]):
+        layer.execution = execution
+        with torch.no_grad():
+            assert prepared_in(layer, lambda: layer(x)) <= 1
+            assert layer(x).equal(as_new(layer, x))
+
+
+@every_kind
+def test_tables_given_anew_are_seen_in_eval_mode(kind):
+    layer, x = warm(kind)
+    with torch.no_grad():
+        right, state = layer(x), copy.deepcopy(layer.state_dict())
+        layer.to_empty(device="cpu")
+        for table in layer.buffers():
+            table.zero_()
+        layer.load_state_dict({name: value + 1 for name, value in state.items()})
+        layer(x)
+        layer.load_state_dict(state)
+        layer(x)  # what is kept now was made with wrong tables
+        layer.reset_parameters()
+        layer.load_state_dict(state)
+        assert layer(x).equal(right)
+
+
+@every_kind
+def test_weights_that_are_not_numbers_are_never_hidden(kind):
+    layer, x = warm(kind)
+    next(layer.parameters()).data.fill_(math.nan)
+    with torch.no_grad():
+        assert layer(x).isnan().all()
+        next(layer.parameters()).data.fill_(0)
+        assert layer(x).isfinite().all()
+
+
+@every_kind
+def test_nothing_is_kept_with_gradients_and_they_are_the_same(kind):
+    layer, x = warm(kind)
+    twin = copy.deepcopy(layer)
+    for one in (layer, twin):
+        one(x).square().sum().backward()
+    assert layer._cache is None
+    for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert ours.grad.abs().max() > 0
+        assert ours.grad.equal(theirs.grad)
+
+
+@every_kind
+def test_what_was_kept_in_inference_mode_serves_without_gradients_and_not_with_them(kind):
+    layer = make(kind, 2, 3, 3).eval()
+    x = map_for(layer)
+    with torch.inference_mode():
+        y = layer(x).clone()
+    with torch.no_grad():
+        assert prepared_in(layer, lambda: layer(x)) == 0
+        assert layer(x).equal(y)
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@every_kind
+def test_a_layer_that_goes_back_to_training_lets_go_of_what_it_kept(kind):
+    layer, x = warm(kind)
+    assert layer.train()._cache is None
+    layer, x = warm(kind)
+    layer.training = True  # as gconv.modes gives a network its modes back
+    with torch.no_grad():
+        assert prepared_in(layer, lambda: (layer(x), layer(x))) == 2
+    assert layer._cache is None
+    layer, x = warm(kind)
+    assert layer.eval()._cache is not None
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer)), "torch.save"], ids=str
+)
+def test_what_is_kept_is_in_no_copy_file_or_state(kind, copied):
+    layer, x = warm(kind)
+    new = make(kind, 2, 3, 3)
+    assert layer.state_dict().keys() == new.state_dict().keys()
+    assert len(pickle.dumps(layer)) <= len(pickle.dumps(new.eval()))
+    if copied == "torch.save":
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    else:
+        twin = copied(layer)
+    assert twin._cache is None
+    assert layer._cache is not None
+    with torch.no_grad():
+        assert twin(x).equal(layer(x))
+
+
+@every_kind
+def test_parameters_put_in_place_for_one_pass_leave_nothing_behind(kind):
+    layer, x = warm(kind)
+    with torch.no_grad():
+        right = layer(x)
+        others = [{name: value.detach() + n for name, value in layer.named_parameters()} for n in (1, 2)]
+        stacked = {name: torch.stack([other[name] for other in others]) for name in others[0]}
+        ensemble = torch.vmap(lambda parameters: functional_call(layer, parameters, x))(stacked)
+        for other, y in zip(others, ensemble, strict=True):
+            torch.testing.assert_close(functional_call(layer, other, x), y, rtol=1e-4, atol=1e-3)
+        assert layer(x).equal(right)
+
+
+@every_kind
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_pass_of_another_kind_leaves_nothing_behind(kind, execution):
+    layer = make(kind, 2, 3, 3, **({"execution": execution} if kind in FORMS else {})).eval()
+    x = map_for(layer)
+
+    def in_fake_mode():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == right.shape
+
+    def in_autocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(x).float(), right, rtol=0.1, atol=0.1)
+
+    def in_vmap():
+        torch.testing.assert_close(torch.vmap(layer)(torch.stack([x, x]))[1], right, rtol=1e-5, atol=1e-5)
+
+    with torch.no_grad():
+        right = copy.deepcopy(layer)(x)
+        for run in (in_fake_mode, in_autocast, in_vmap):
+            layer = copy.deepcopy(layer)
+            for _ in range(2):  # with nothing kept before, and with something
+                run()
+                assert layer(x).equal(right)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the check of the input's shape
+@every_kind
+def test_compiled_traced_and_exported_programs_keep_nothing(kind):
+    layer = make(kind, 2, 3, 3).eval()
+    x = map_for(layer)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        traced = torch.jit.trace(layer, x)
+        exported = [torch.export.export(layer, (x,), strict=strict).module() for strict in (False, True)]
+        for program in (compiled, traced, *exported):
+            torch.testing.assert_close(program(x), as_new(layer.train(), x))
+            layer.eval()
+        assert layer._cache is None
+        next(layer.parameters()).data.add_(1)
+        for program in (compiled, traced):
+            torch.testing.assert_close(program(x), layer(x))
+
+
+# Factors from elsewhere
+
+
+@every_form
+@given(data=st.data())
+def test_from_factors_is_the_layer_of_those_factors(form, data):
+    layer = data.draw(layers(data.draw(st.sampled_from(KINDS[1:])))).train(data.draw(st.booleans()))
+    x = map_drawn_for(data, layer)
+    shape = layer.filter_shape
+    rank = data.draw(st.integers(1, FORMS[form].max_rank(shape)))
+    mix, spatial = (torch.randn(size, dtype=torch.float64) for size in FORMS[form].factor_shapes(shape, rank))
+    bias = None if layer.bias is None or data.draw(st.booleans()) else torch.randn_like(layer.bias)
+    made = SeparableGConv2d.from_factors(layer, form, mix, spatial, bias, data.draw(st.sampled_from(EXECUTIONS)))
+    assert (made.form.name, made.rank, made.training) == (form, rank, layer.training)
+    generator = FORMS[form].generator(mix, spatial, shape, layer.tables.pixels)
+    bias = layer.bias if bias is None else bias
+    close(made(x), gconv2d(x, generator, bias, layer.group, layer.sampling))
+    for ours, theirs in zip((made.mix, made.spatial, made.bias), (mix, spatial, bias), strict=True):
+        assert theirs is None or (ours.equal(theirs) and ours.data_ptr() != theirs.data_ptr())
+
+
+@pytest.mark.parametrize(
+    ("form", "mix", "spatial", "bias", "message"),
+    [
+        ("gc", (3, 1, 2, 4), (3, 1, 3, 3), (2,), "a bias of shape [2] does not fit; accepted: [3]"),
+        ("gc", (3, 9, 2, 4), (3, 9, 3, 3), None, "rank 9 is out of range"),
+        ("gc", (3, 0, 2, 4), (3, 0, 3, 3), None, "rank 0 is out of range"),
+        ("gc", (3, 2, 2, 4), (3, 1, 3, 3), None, "accepted at rank 1: [3, 1, 2, 4] and [3, 1, 3, 3]"),
+        ("gc", (3, 1, 2, 4), (3, 3), None, "accepted at rank 1: [3, 1, 2, 4] and [3, 1, 3, 3]"),
+        ("gc_in", (3, 1, 2, 4), (3, 1, 3, 3), None, "accepted at rank 1: [2, 1, 3, 4] and [2, 1, 3, 3]"),
+        ("g_turned", (3, 1, 2, 4), (3, 1, 3, 3), None, "accepted at rank 1: [3, 2, 1, 4] and [3, 2, 1, 3, 3]"),
+        ("cg", (3, 1, 2, 4), (3, 1, 3, 3), None, "unknown form 'cg'"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_with_what_is_accepted(form, mix, spatial, bias, message):
+    factors = [None if size is None else torch.zeros(size) for size in (mix, spatial, bias)]
+    with pytest.raises(InputError) as error:
+        SeparableGConv2d.from_factors(GConv2d(2, 3, 3, group="p4"), form, *factors)
+    assert message in str(error.value)
+
+
+def test_a_bias_is_refused_where_the_layer_has_none():
+    layer = GConv2d(2, 3, 3, bias=False, group="p4")
+    factors = [torch.zeros(size) for size in FORMS["gc"].factor_shapes(layer.filter_shape, 1)]
+    with pytest.raises(InputError, match=r"a bias of shape \[3\] does not fit; accepted: none, as the layer has none"):
+        SeparableGConv2d.from_factors(layer, "gc", *factors, torch.zeros(3))
+    assert SeparableGConv2d.from_factors(layer, "gc", *factors).bias is None

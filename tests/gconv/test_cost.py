@@ -44,8 +44,12 @@ def expected_macs(form: str, o: int, i: int, s: int, k: int, rank: int, into: in
         mix, spatial, mix_side = rank * o * i * s * s, rank * o * i * s * k * k, into
     elif form == "gc":  # all input maps are mixed into O S, which are filtered
         mix, spatial, mix_side = rank * o * s * i * s, rank * o * s * k * k, into
-    else:  # the I S input maps are filtered, then mixed at the output's size
+    elif form == "gc_in":  # the I S input maps are filtered, then mixed at the output's size
         mix, spatial, mix_side = rank * o * s * i * s, rank * i * s * k * k, out
+    elif form == "g_turned":  # every input map is filtered for every output channel, then mixed at the output's size
+        mix, spatial, mix_side = rank * o * s * i * s, rank * o * i * s * k * k, out
+    else:  # the maps of each input element are mixed into O S, which are filtered
+        mix, spatial, mix_side = rank * o * s * i * s, rank * o * s * s * k * k, into
     return (mix + spatial) * out**2, mix * mix_side**2 + spatial * out**2
 
 
@@ -66,6 +70,7 @@ def with_converted_layers() -> Model:
     model.conv4 = SeparableGConv2d.from_dense(model.conv4, "gc", 4)
     model.conv5 = SeparableGConv2d.from_dense(model.conv5, "gc", 3, "dense")
     model.conv6 = SeparableGConv2d.from_dense(model.conv6, "gc_in", 5)
+    model.conv7 = SeparableGConv2d.from_dense(model.conv7, "gc_turned", 2)
     return model
 
 
@@ -107,9 +112,9 @@ def test_each_layer_of_a_separable_cnn(on, form, execution):
     assert lifting.macs_published == lifting.macs_executed == w * s * 9 * 26**2
     for row, (into, out) in zip(separable, CNN_SIZES[1:], strict=True):
         k = 4 if row.name == "conv7" else 3
-        entries = {"g": w * w * (s + k * k), "gc": w * w * s + w * k * k, "gc_in": w * w * s + w * k * k}[form]
+        entries = w * w * (s + k * k) if form in ("g", "g_turned") else w * w * s + w * k * k
         published, factorised = expected_macs(form, w, w, s, k, 1, into, out)
-        dense = (execution or ("dense" if form == "g" else "factorized")) == "dense"
+        dense = (execution or ("dense" if form in ("g", "g_turned") else "factorized")) == "dense"
         assert (row.kind, row.parameters) == ("SeparableGConv2d", entries + w)
         assert row.macs_published == published
         assert row.macs_executed == (w * s * w * s * k * k * out**2 if dense else factorised)

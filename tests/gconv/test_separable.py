@@ -1,4 +1,4 @@
-"""The three forms against their definitions, written with loops over channels and elements."""
+"""The forms against their definitions, written with loops over channels and elements."""
 
 import copy
 import math
@@ -62,13 +62,14 @@ def pixels(on, k):
 def folded(name, on, weight):
     """The blocks of a filter, one entry of the block index and one row after the other."""
     o, i, s, *_ = weight.shape
-    if name == "g":
+    if name in ("gc_in", "g_turned", "gc_turned"):  # K[o, i, t, t y]: the kernel turned back by t
+        weight = torch.stack([moved(on, relative(on, t, 0), weight[:, :, t]) for t in range(s)], dim=2)
+    if name in ("g", "g_turned"):
         blocks = [[weight[a, b, t] for t in range(s)] for a in range(o) for b in range(i)]
-    elif name == "gc":
+    elif name in ("gc", "gc_turned"):
         blocks = [[weight[a, b, t] for b in range(i) for t in range(s)] for a in range(o)]
-    else:  # K[o, i, t, t y]: the kernel turned back by t
-        own = [[[moved(on, relative(on, t, 0), weight[a, b, t]) for t in range(s)] for b in range(i)] for a in range(o)]
-        blocks = [[own[a][b][t] for a in range(o) for t in range(s)] for b in range(i)]
+    else:
+        blocks = [[weight[a, b, t] for a in range(o) for t in range(s)] for b in range(i)]
     return torch.stack([torch.stack([row.flatten() for row in block]) for block in blocks])
 
 
@@ -81,6 +82,10 @@ def expanded(name, on, mix, spatial):
         return torch.einsum("oirst,soiryz->soityz", mix[..., u], d)
     if name == "gc":  # K_s = sum_r w[o, r, i, s^-1 s'] d[o, r, s^-1 y]
         return torch.einsum("orist,soryz->soityz", mix[..., u], d)
+    if name == "g_turned":  # K_s = sum_r w[o, i, r, s^-1 s'] d[o, i, r, s'^-1 y]
+        return torch.einsum("oirst,toiryz->soityz", mix[..., u], d)
+    if name == "gc_turned":  # K_s = sum_r w[o, r, i, s^-1 s'] d[o, r, s'^-1 y]
+        return torch.einsum("orist,toryz->soityz", mix[..., u], d)
     return torch.einsum("irost,tiryz->soityz", mix[..., u], d)  # K_s = sum_r w[i, r, o, s^-1 s'] d[i, r, s'^-1 y]
 
 
@@ -127,10 +132,12 @@ def test_the_filter_of_the_factors_is_the_definition_of_the_form(form, case, dat
 def test_factorised_run_equals_one_convolution_with_the_dense_filter(form, case, data, sampling, extra):
     on, shape = case
     o, i, s, k = shape
-    mix, spatial = drawn_factors(form, shape, data.draw(ranks(form, shape)))
+    rank = data.draw(ranks(form, shape))
+    mix, spatial = drawn_factors(form, shape, rank)
     x = torch.randn(2, i * s, *(sampling.dilation * (k - 1) + e for e in extra), dtype=torch.float64)
     dense = expanded(form.name, on, mix, spatial).transpose(0, 1).reshape(o * s, i * s, k, k)
-    y = form.convolve(x, mix, spatial, Tables.build(on, k), sampling)
+    w, d = form.filters(mix, spatial, Tables.build(on, k))
+    y = form.run(x, w, d, shape, rank, sampling)
     torch.testing.assert_close(y, F.conv2d(x, dense, None, *sampling), rtol=1e-12, atol=1e-11)
 
 
@@ -185,6 +192,20 @@ def test_every_filter_is_separable_at_the_largest_rank_and_no_earlier(form, case
             lambda O, I, S, k, R: (O * S * I * S * R, I * S * R * k * k),
             lambda O, I, S, R: (O * S, I * S * R),
         ),
+        (
+            "g_turned",
+            lambda O, I, S, k: min(S, k * k),
+            lambda O, I, S, k, R: O * I * R * (S + k * k),
+            lambda O, I, S, k, R: (O * S * I * S * R, O * I * S * R * k * k),
+            lambda O, I, S, R: (O * S, O * I * S * R),
+        ),
+        (
+            "gc_turned",
+            lambda O, I, S, k: min(I * S, k * k),
+            lambda O, I, S, k, R: O * R * (I * S + k * k),
+            lambda O, I, S, k, R: (O * R * S * S * I, O * R * S * S * k * k),
+            lambda O, I, S, R: (O * R * S * S, O * S),
+        ),
     ],
     ids=FORMS,
 )
@@ -228,15 +249,25 @@ def test_a_rank_out_of_range_names_the_range(form):
 
 
 def test_forms_and_executions_are_found_by_name_or_refused_with_the_known_names():
-    assert tuple(FORMS) == ("g", "gc", "gc_in")
+    assert tuple(FORMS) == ("g", "gc", "gc_in", "g_turned", "gc_turned")
     for name, form in FORMS.items():
         assert form_named(name.upper()) is form_named(form) is form
     assert tuple(map(check_execution, EXECUTIONS)) == ("dense", "factorized")
     for wrong in ("cg", None):
-        with pytest.raises(InputError, match=rf"^unknown form '{wrong}'; accepted: g, gc, gc_in$"):
+        with pytest.raises(InputError, match=rf"^unknown form '{wrong}'; accepted: g, gc, gc_in, g_turned, gc_turned$"):
             form_named(wrong)
         with pytest.raises(InputError, match=rf"^unknown execution '{wrong}'; accepted: dense, factorized$"):
             check_execution(wrong)
+
+
+@every_form
+def test_a_form_says_what_its_factors_depend_on(form):
+    axes = {"g": "oi", "gc": "o", "gc_in": "i"}[form.name.removesuffix("_turned")]
+    assert form.planar_axes == axes
+    assert form.own_frame == (form.name not in ("g", "gc"))
+    sizes = {"o": 2, "i": 3}
+    planar, others = [sizes[axis] for axis in axes], [sizes[axis] for axis in "oi" if axis not in axes]
+    assert form.factor_shapes(FilterShape(2, 3, 8, 5), 4) == ((*planar, 4, *others, 8), (*planar, 4, 5, 5))
 
 
 @every_form

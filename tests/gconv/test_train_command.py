@@ -347,7 +347,7 @@ def test_a_finished_network_takes_no_other_architecture(train, option):
         ("mnist --model p4cnn", ["unknown data set 'mnist'; accepted: rotdigits, rotmnist-regen, rotmnist"]),
         ("rotdigits --model p5cnn", ["unknown model 'p5cnn'; accepted: z2cnn,", "gc-p4m-resnet44"]),
         ("rotdigits --model p4cnn --group p6", ["unknown group 'p6'; accepted: z2, p2, p4, pm, pmm, p4m"]),
-        ("rotdigits --model p4cnn --separable cg", ["'cg'; accepted: g, gc, gc_in"]),
+        ("rotdigits --model p4cnn --separable cg", ["'cg'; accepted: g, gc, gc_in, g_turned, gc_turned"]),
         ("rotdigits --model z2cnn --separable g", ["'g'; accepted: c"]),
         ("rotdigits --model p4cnn --width 0", ["--width: '0' is not a whole number of at least 1"]),
         ("rotdigits --model p4cnn --width 2.5", ["--width: '2.5'"]),

@@ -1,0 +1,110 @@
+"""Measured time: which execution of a layer is faster here, and what a network takes."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gconv.modes import evaluating
+from gconv.separable import EXECUTIONS, Execution
+
+BATCH = 16
+_ROUNDS = 15
+_SECONDS = 3.0
+_LAYER_SECONDS = 0.3
+_MARGIN = 0.97  # a layer leaves the dense execution only for one that is faster beyond noise
+
+
+def medians(
+    runs: Sequence[Callable[[], object]], *, rounds: int = _ROUNDS, seconds: float = _SECONDS, cuda: bool = False
+) -> tuple[list[float], int]:
+    """Median milliseconds of each, taking turns so that a drift of the machine's speed hits all; and the rounds."""
+    times: list[list[float]] = [[] for _ in runs]
+    began = time.perf_counter()
+    for turn in range(rounds + 1):
+        for run, kept in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                kept.append(1000 * (time.perf_counter() - start))
+        if turn and time.perf_counter() - began > seconds:
+            break
+    return [statistics.median(kept) for kept in times], len(times[0])
+
+
+def machine(device: torch.device) -> str:
+    """What the times are from."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return name or platform.processor() or platform.machine()
+
+
+def latency(before: nn.Module, after: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Median forward times of two networks in eval mode, and with what they were measured."""
+    with torch.inference_mode():
+        times, rounds = medians([lambda: before(images), lambda: after(images)], cuda=images.is_cuda)
+    return {
+        "milliseconds": [round(value, 3) for value in times],
+        "batch": len(images),
+        "rounds": rounds,
+        "machine": machine(images.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def layer_inputs(model: nn.Module, names: Sequence[str], input_shape: Sequence[int]) -> dict[str, Tensor]:
+    """A batch of what each layer reads, for random images."""
+    like = next(model.parameters())
+    images = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(0)).to(like)
+    kept: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, given, name=name: kept.__setitem__(name, given[0])
+        )
+        for name in names
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def layer_times(layer: nn.Module, x: Tensor, others: Sequence[nn.Module] = ()) -> list[float]:
+    """Median milliseconds of a layer and of others on the same input, in eval mode, interleaved."""
+    layers = [copy.deepcopy(one).eval() for one in (layer, *others)]
+    with torch.inference_mode():
+        runs: list[Callable[[], object]] = [lambda one=one: one(x) for one in layers]  # type: ignore[misc]
+        return medians(runs, seconds=_LAYER_SECONDS, cuda=x.is_cuda)[0]
+
+
+def faster_execution(separable: nn.Module, x: Tensor) -> tuple[Execution, dict[Execution, float]]:
+    """The execution to choose for a separable layer on such inputs, and the milliseconds of both.
+
+    Dense, which runs in the time of the full layer, unless factorised is faster beyond noise.
+    """
+    variants = [copy.deepcopy(separable) for _ in EXECUTIONS]
+    for variant, execution in zip(variants, EXECUTIONS, strict=True):
+        variant.execution = execution  # type: ignore[assignment]
+    first, *others = variants
+    times = dict(zip(EXECUTIONS, layer_times(first, x, others), strict=True))
+    return ("factorized" if times["factorized"] < _MARGIN * times["dense"] else "dense"), times

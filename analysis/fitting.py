@@ -1,0 +1,279 @@
+"""The separable filter of a given form and rank whose *output* is closest to a layer's, under given moments.
+
+With the moments of :mod:`analysis.moments` the squared output error of a generator K is, per output channel,
+
+    J_o(K) = K_o M K_oᵀ - 2 b_o K_oᵀ + c_o,          M = E p pᵀ,  b = E y pᵀ,  c = E y².
+
+A separable filter is bilinear in its factors, ``K[o, i, s, y] = sum_r W[o, i, r, s] D[o, i, r, y]`` in the frame of its
+form, where the form says over which channels D is shared: J is quadratic in either factor while the other rests.
+Alternating least squares solves for one and the other in turn and never increases J. It starts from the plain SVD or
+from a whitened SVD (the closed form where M is a Kronecker product of a part over rows and a part over pixels),
+whichever is better after a few steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gconv.conv import GConv2d, SeparableGConv2d
+from gconv.separable import FORMS, Form
+
+from .moments import Moments
+
+PRIOR = 1e-3
+"""Weight of staying near the trained filter, relative to the mean eigenvalue of M: a floor under all eigenvalues."""
+_FLOOR = 1e-10  # relative to the largest eigenvalue: below this a direction is rounding
+_FIRST_STEPS = 5  # before one of the two starts is dropped
+_CHUNK = 2**24  # numbers in one block of normal equations
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The result of :func:`fit`. All float64.
+
+    Attributes:
+        mix: as :class:`gconv.SeparableGConv2d` stores it; the scale is shared evenly between the factors.
+        spatial: likewise.
+        bias: ``[O]``, or None where the layer has none.
+        error: relative output error, ``sqrt(sum_o J_o / c_o / O)``.
+        objective: what was minimised, after every step; it never increases.
+    """
+
+    mix: Tensor
+    spatial: Tensor
+    bias: Tensor | None
+    error: float
+    objective: tuple[float, ...]
+
+
+def fit(
+    layer: GConv2d | SeparableGConv2d,
+    form: Form,
+    rank: int,
+    moments: Moments,
+    *,
+    steps: int = 100,
+    tolerance: float = 1e-5,
+    prior: float = PRIOR,
+) -> Fit:
+    """Fit a separable filter to a layer's output.
+
+    Every output channel counts relative to its own power, as a batch norm after it would see it. Where the layer has a
+    bias, covariances replace the second moments and the bias is fitted with the rest.
+
+    Args:
+        layer: the trained layer, which the moments' outputs come from.
+        form: of the filter.
+        rank: of the filter.
+        moments: from :func:`analysis.moments.collect_moments`.
+        steps: at most so many rounds of the two least-squares problems.
+        tolerance: stop when a round lowers the objective by less than this share.
+        prior: see :data:`PRIOR`; 0 fits the moments alone.
+
+    Raises:
+        InputError: the rank is out of range, or the weight is not finite.
+    """
+    given = moments
+    if layer.bias is not None:
+        moments = moments.centred()
+    weight = layer.weight.detach().double()
+    problem = _Problem(layer, form, moments, prior)
+    starts = [weight, _whitened(problem, rank)]
+    runs = [problem.descend(*problem.split(start, rank), min(steps, _FIRST_STEPS), tolerance) for start in starts]
+    mix, spatial, history = min(runs, key=lambda run: run[2][-1])
+    mix, spatial, more = problem.descend(mix, spatial, steps - len(history) + 1, tolerance)
+    filter_ = problem.unframe(problem.product(mix, spatial))
+    # A truncated SVD at the filter's own rank changes nothing but the balance of the factors.
+    factors = form.factor(filter_, rank, layer.tables.pixels)
+    flat = filter_.flatten(1)
+    bias = None if layer.bias is None else given.target - flat @ given.mean
+    return Fit(*factors, bias, relative_error(flat, moments), (*history, *more[1:]))
+
+
+def relative_error(generator: Tensor, moments: Moments) -> float:
+    """``sqrt(mean_o J_o / c_o)`` of a generator ``[O, n]``; channels without power do not count."""
+    objective = _objective(generator, moments)
+    alive = moments.power > _FLOOR * moments.power.max()
+    if not alive.any():
+        return 0.0
+    return float((objective[alive].clamp_min(0) / moments.power[alive]).mean().sqrt())
+
+
+def _objective(generator: Tensor, m: Moments) -> Tensor:
+    return ((generator @ m.second - 2 * m.cross) * generator).sum(1) + m.power
+
+
+class _Problem:
+    """J in the frame of a form, its prior included, and the two least-squares steps.
+
+    In the frame a filter is ``[O, I, S, Y]``, Y = k k; W is ``[O, I, R, S]`` and D ``[O or 1, I or 1, R, Y]``.
+    """
+
+    def __init__(self, layer: GConv2d | SeparableGConv2d, form: Form, moments: Moments, prior: float) -> None:
+        self.form, self.shape, self.pixels = form, layer.filter_shape, layer.tables.pixels
+        o, i, s, k = self.shape
+        self.sizes = (i, s, k * k)
+        weight = layer.weight.detach().double()
+        ridge = prior * moments.second.diagonal().mean()
+        # The scale of each channel: with it sum_o is what is minimised, without further weights.
+        power = moments.power + ridge * weight.flatten(1).square().sum(1)
+        self.scale = power.clamp_min(_FLOOR * power.max()).clamp_min(torch.finfo(power.dtype).tiny).rsqrt()
+        own = form.own_frame
+        index = torch.arange(weight[0].numel(), device=weight.device).reshape(1, i, s, k, k)
+        self.order = FORMS["g_turned" if own else "g"].fold(index, self.pixels).flatten()
+        second = moments.second[self.order][:, self.order].clone()
+        second.diagonal().add_(ridge)
+        self.second = second
+        self.by_channels = second.view(i, s, -1, i, s, k * k).permute(0, 3, 1, 4, 2, 5).reshape(i, i, s * s, -1)
+        self.weight = self.frame(weight)
+        self.cross = moments.cross[:, self.order].view(o, i, s, -1) + ridge * self.weight
+        self.power = power
+
+    def frame(self, weight: Tensor) -> Tensor:
+        """``[O, I, S, k, k]`` to ``[O, I, S, Y]`` in the form's frame."""
+        o, i, s, _ = self.shape
+        return weight.reshape(o, -1)[:, self.order].view(o, i, s, -1)
+
+    def unframe(self, filter_: Tensor) -> Tensor:
+        """The inverse of :meth:`frame`."""
+        return filter_.flatten(1)[:, torch.argsort(self.order)].view(*self.shape, self.shape.k)
+
+    def split(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """W and D of the plain truncated SVD of a filter ``[O, I, S, k, k]``."""
+        mix, spatial = self.form.factor(weight, rank, self.pixels)
+        if self.form.planar_axes == "oi":
+            return mix, spatial.flatten(3)
+        if self.form.planar_axes == "o":
+            return mix.transpose(1, 2), spatial.flatten(2)[:, None]
+        return mix.permute(2, 0, 1, 3), spatial.flatten(2)[None]
+
+    @staticmethod
+    def product(w: Tensor, d: Tensor) -> Tensor:
+        """The filter ``[O, I, S, Y]`` of two factors."""
+        return w.mT @ d
+
+    def objective(self, filter_: Tensor) -> float:
+        flat, cross = filter_.flatten(1), self.cross.flatten(1)
+        errors = ((flat @ self.second - 2 * cross) * flat).sum(1) + self.power
+        return float((errors * self.scale.square()).sum())
+
+    def descend(self, w: Tensor, d: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor, list[float]]:
+        """Alternate at most ``steps`` times; W, D and the objective at the start and after every round."""
+        history = [self.objective(self.product(w, d))]
+        for _ in range(steps):
+            d_new = self.solve_spatial(w, d)
+            w_new = self.solve_mix(d_new)
+            value = self.objective(self.product(w_new, d_new))
+            if not value < history[-1]:  # rounding at the bottom
+                break
+            w, d = self.balance(w_new, d_new)
+            history.append(value)
+            if history[-2] - value <= tolerance * history[-2]:
+                break
+        return w, d, history
+
+    def balance(self, w: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """The same filter with D's kernels at norm one, so that neither factor runs away."""
+        norm = d.norm(dim=-1, keepdim=True)
+        norm = torch.where(norm > 0, norm, 1)
+        return w * norm, d / norm
+
+    def solve_mix(self, d: Tensor) -> Tensor:
+        """The best W for this D: one problem of size I R S for each o, or one matrix for all if D is shared over o."""
+        i, s, y = self.sizes
+        o, rank = self.shape.out_channels, d.shape[2]
+        right = torch.einsum("oiry,oisy->oirs", d.expand(o, i, rank, y), self.cross).flatten(1)
+        size = i * rank * s
+        if d.shape[0] == 1:
+            matrix = self._normal_mix(d[0])
+            return _solve(matrix, right.mT).mT.reshape(o, i, rank, s)
+        return torch.stack(
+            [_solve(self._normal_mix(d[c]), right[c].view(size, 1)).view(i, rank, s) for c in range(o)]
+        )
+
+    def _normal_mix(self, d: Tensor) -> Tensor:
+        """``[I R S, I R S]`` for one o; d is ``[I or 1, R, Y]``."""
+        i, s, y = self.sizes
+        rank = d.shape[1]
+        pairs = torch.einsum("iry,jqz->ijrqyz", d, d).reshape(len(d), len(d), rank * rank, y * y)
+        normal = (pairs @ self.by_channels.mT).view(i, i, rank, rank, s, s)
+        return normal.permute(0, 2, 4, 1, 3, 5).reshape(i * rank * s, -1)
+
+    def solve_spatial(self, w: Tensor, d: Tensor) -> Tensor:
+        """The best D for this W; the D given says only how it is shared."""
+        i, s, y = self.sizes
+        o, _, rank, _ = w.shape
+        right = torch.einsum("oirs,oisy->oiry", w, self.cross)
+        if d.shape[0] == 1:  # shared over o, each o weighted by its scale
+            scaled = w * self.scale.view(-1, 1, 1, 1)
+            gram = torch.einsum("oirs,ojqt->ijrqst", scaled, scaled).reshape(i, i, rank * rank, s * s)
+            normal = self._spatial_matrix(gram @ self.by_channels, rank)
+            total = (right * self.scale.square().view(-1, 1, 1, 1)).sum(0)
+            return _solve(normal, total.reshape(-1, 1)).view(1, i, rank, y)
+        solved = []
+        for c in range(o):
+            pairs = torch.einsum("irs,jqt->ijrqst", w[c], w[c]).reshape(i, i, rank * rank, s * s)
+            normal = pairs @ self.by_channels
+            if d.shape[1] == 1:  # shared over i
+                matrix = normal.sum((0, 1)).view(rank, rank, y, y).transpose(1, 2).reshape(rank * y, -1)
+                solved.append(_solve(matrix, right[c].sum(0).reshape(-1, 1)).view(1, rank, y))
+            else:
+                matrix = self._spatial_matrix(normal, rank)
+                solved.append(_solve(matrix, right[c].reshape(-1, 1)).view(i, rank, y))
+        return torch.stack(solved)
+
+    def _spatial_matrix(self, normal: Tensor, rank: int) -> Tensor:
+        i, _, y = self.sizes
+        return normal.view(i, i, rank, rank, y, y).permute(0, 2, 4, 1, 3, 5).reshape(i * rank * y, -1)
+
+
+def _whitened(problem: _Problem, rank: int) -> Tensor:
+    """The filter ``[O, I, S, k, k]`` that is optimal if M is a Kronecker product of rows and pixels in every block."""
+    form, (o, i, s, k) = problem.form, problem.shape
+    y = k * k
+    moment = problem.second.view(i, s, y, i, s, y)
+    if form.planar_axes == "o":  # one block per o: its rows are all (i, s)
+        rows = torch.einsum("isyjty->isjt", moment).reshape(1, i * s, i * s)
+        pixels = torch.einsum("isyisz->yz", moment)[None]
+        blocks = problem.weight.reshape(o, i * s, y)
+    else:
+        rows = torch.einsum("isyity->ist", moment)
+        pixels = torch.einsum("isyisz->iyz", moment)
+        if form.planar_axes == "i":  # one block per i, its rows (o, s): the same moment of s for every o
+            blocks = (problem.weight * problem.scale.view(-1, 1, 1, 1)).transpose(0, 1).reshape(i, o * s, y)
+            rows = torch.stack([torch.block_diag(*[part] * o) for part in rows])
+        else:
+            blocks = problem.weight.reshape(o * i, s, y)
+            rows, pixels = rows.repeat(o, 1, 1), pixels.repeat(o, 1, 1)
+    (a, a_inverse), (b, b_inverse) = _roots(rows), _roots(pixels)
+    u, sigma, vh = torch.linalg.svd(a @ blocks @ b, full_matrices=False)
+    best = a_inverse @ (u[..., :rank] * sigma[..., None, :rank]) @ vh[..., :rank, :] @ b_inverse
+    if form.planar_axes == "i":
+        filter_ = best.view(i, o, s, y).transpose(0, 1) / problem.scale.view(-1, 1, 1, 1)
+    else:
+        filter_ = best.view(o, i, s, y)
+    return problem.unframe(filter_.contiguous())
+
+
+def _roots(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square roots of positive matrices and their inverses, eigenvalues floored."""
+    values, vectors = torch.linalg.eigh(matrices)
+    values = values.clamp_min(_FLOOR * values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny))
+    root = values.sqrt()[..., None, :]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The least-norm solution of a positive semidefinite system; Cholesky where it is definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal()
+    if not failed and diagonal.amin() > _FLOOR**0.5 * diagonal.amax():
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > _FLOOR * values[-1]
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0)
+    return vectors @ (inverse[:, None] * (vectors.mT @ right))
+

@@ -1,0 +1,41 @@
+"""Peak memory of a forward pass: the largest sum of live tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Live(TorchDispatchMode):
+    """Sums the storages that operations return, from when they appear to when nobody holds them any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.live = {key: item for key, item in self.live.items() if not item[0].expired()}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            # A view shares the storage of an input, which is counted already or was there before the pass.
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in inputs:
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def forward_memory(model: nn.Module, images: Tensor) -> int:
+    """Bytes of the tensors that a forward pass without gradients holds at its peak, beside the weights and its input.
+
+    What an operation needs inside and frees before it returns is not seen.
+    """
+    with torch.no_grad(), _Live() as tracker:
+        model(images)
+    return tracker.peak
