@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gconv.checkpoint import apply_choices, layer_choices
 from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.cost import Cost, cost
 from gconv.data import Split
@@ -26,7 +27,7 @@ from .finetuning import Distillation, finetune
 from .fitting import fit
 from .moments import collect_moments, passes
 from .report import ConversionReport, LayerReport, random_images
-from .sensitivity import Options, from_table, measure_options, to_table
+from .sensitivity import Options, fingerprint, from_table, measure_options, to_table
 
 Network = TypeVar("Network", bound=nn.Module)
 MINIMISE = ("auto", "weights", "outputs")
@@ -60,6 +61,9 @@ def convert(
     sensitivity: Any = None,
     seed: int = 0,
     input_shape: Sequence[int] | None = None,
+    saved: Callable[[Network], Network] | None = None,
+    after_epoch: Callable[[dict[str, Any]], None] = lambda state: None,
+    resume: dict[str, Any] | None = None,
 ) -> tuple[Network, ConversionReport]:
     """Replace a network's group-to-group layers by separable ones within a budget; fine-tune if asked.
 
@@ -89,6 +93,9 @@ def convert(
         sensitivity: ``report.sensitivity`` of an earlier conversion of this network, not to be measured again.
         seed: of the choice of images, the fine-tuning's data order, and the random images in the report.
         input_shape: of one image; by default the model's own or that of ``data``.
+        saved: saves the network and returns it as loaded back: then the report is of the file.
+        after_epoch: called after every epoch of fine-tuning with all that a continuation needs, as plain data.
+        resume: what ``after_epoch`` was given last in an interrupted call with the same arguments.
 
     Returns:
         The new network in eval mode, and the report.
@@ -106,10 +113,16 @@ def convert(
         raise InputError(f"finetune is {finetune!r}; accepted: a whole number of epochs")
     if finetune and job.train is None:
         raise InputError("fine-tuning needs training images; accepted: data")
-    after, report = job.run()
-    finish(job.before, after, report, job.train, validation, test, finetune, distillation, seed)
+    final = final_stage(job.train, finetune)
+    after: Any = job.run(final) if resume is None else job.resumed(resume)
+    report = job.report
+    if finetune:
+        job.finetune(after, finetune, distillation, resume, after_epoch)
     if execution == "auto" and budget.kind != "macs":
-        job.choose_executions(after, report)
+        job.choose_executions(after)
+    if saved is not None:
+        after = saved(after)
+    score(report, final, after, validation, test)
     report.measure(job.before, after, job.size, seed)
     return after, report
 
@@ -123,37 +136,9 @@ def to_dense(model: Network) -> Network:
     return dense
 
 
-def finish(
-    before: nn.Module,
-    after: nn.Module,
-    report: ConversionReport,
-    train: Split | None,
-    validation: Split | None,
-    test: Split | None,
-    epochs: int,
-    distillation: Distillation,
-    seed: int,
-    *,
-    resume: dict[str, Any] | None = None,
-    after_epoch: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, resume: None,
-) -> None:
-    """Fine-tune if asked and score every stage, as far as there is data."""
-    if epochs:
-        assert train is not None
-        layers = [row.name for row in report.layers if row.form is not None]
-        report.finetuning = finetune(
-            after,
-            before,
-            layers,
-            train,
-            epochs=epochs,
-            seed=seed,
-            distillation=distillation,
-            resume=resume,
-            after_epoch=after_epoch,
-        )
-        after.eval()
-        score(report, "finetuned", after, validation, test)
+def final_stage(train: Split | None, epochs: int) -> str:
+    """The last of the stages that a conversion goes through."""
+    return "finetuned" if epochs else "converted" if train is None else "batch_norm"
 
 
 def score(
@@ -192,6 +177,7 @@ class _Job:
     validation: Split | None
     test: Split | None
     seed: int
+    request: dict[str, Any]
     report: ConversionReport
     options: Options | None = None
 
@@ -253,15 +239,15 @@ class _Job:
         }
         job = cls(
             before, size, costs, forms, budget, allocation, outputs, execution,
-            train, validation, test, seed, ConversionReport(request, []),
+            train, validation, test, seed, request, ConversionReport(dict(request), []),
         )  # fmt: skip
         if sensitivity is not None:
             job.options = from_table(before, sensitivity)
             job.report.sensitivity = sensitivity
         return job
 
-    def run(self) -> tuple[Any, ConversionReport]:
-        """Plan and build; with data re-estimate batch norm; score the stages."""
+    def run(self, final: str) -> nn.Module:
+        """Plan and build; with data re-estimate batch norm; score the stages before the final one."""
         curves = {name: energy_curves(layer) for name, layer in self.layers.items()}
         score(self.report, "before", self.before, self.validation, self.test)
         if self.test is None and self.validation is None:
@@ -289,13 +275,65 @@ class _Job:
         if all(row.form is None for row in self.report.layers):
             self.report.notes.append("nothing was converted, the layers are as given; a lower budget or one form may")
         self.report.measure_output(self.before, after, self.size, self.seed)
-        score(self.report, "converted", after, self.validation, self.test)
+        if final != "converted":
+            score(self.report, "converted", after, self.validation, self.test)
         if self.train is None:
             self.report.notes.append("batch norm was not re-estimated: no training images were given (--data)")
         else:
             reestimate_batchnorm(after, self.train.images)
-            score(self.report, "batch_norm", after, self.validation, self.test)
-        return after, self.report
+            if final != "batch_norm":
+                score(self.report, "batch_norm", after, self.validation, self.test)
+        return after
+
+    def resumed(self, state: dict[str, Any]) -> nn.Module:
+        """The network that an interrupted fine-tuning had, and its report.
+
+        Raises:
+            InputError: it is not the state of a conversion with these arguments.
+        """
+        after = copy.deepcopy(self.before)
+        try:
+            if state["original"] != fingerprint(self.before) or state["request"] != self.request:
+                raise InputError("the interrupted fine-tuning was of another network or another budget")
+            apply_choices(after, state["layers"])
+            after.load_state_dict(state["state_dict"])
+            self.report = ConversionReport.from_dict(state["report"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"the state of the interrupted fine-tuning is inconsistent: {error}") from error
+        return after.eval()
+
+    def finetune(
+        self,
+        after: nn.Module,
+        epochs: int,
+        distillation: Distillation,
+        resume: dict[str, Any] | None,
+        after_epoch: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Fine-tune in place; after every epoch the state goes out."""
+        assert self.train is not None
+        history: list[dict[str, Any]] = [] if resume is None else list(resume["history"])
+        fixed = {"original": fingerprint(self.before), "request": self.request, "layers": layer_choices(after)}
+
+        def keep(row: dict[str, Any], fit_state: dict[str, Any]) -> None:
+            history.append(row)
+            state = {"report": self.report.to_dict(), "state_dict": after.state_dict(), "fit": fit_state}
+            after_epoch({**fixed, **state, "history": list(history)})
+
+        converted = [row.name for row in self.report.layers if row.form is not None]
+        recipe = finetune(
+            after,
+            self.before,
+            converted,
+            self.train,
+            epochs=epochs,
+            seed=self.seed,
+            distillation=distillation,
+            resume=None if resume is None else resume["fit"],
+            after_epoch=keep,
+        )
+        self.report.finetuning = {**recipe, "history": history}
+        after.eval()
 
     @property
     def layers(self) -> dict[str, GConv2d | SeparableGConv2d]:
@@ -443,9 +481,9 @@ class _Job:
         assert option is not None and option.form is not None and option.rank is not None
         return option.form, option.rank, option.execution if self.execution == "auto" else self.execution
 
-    def choose_executions(self, after: nn.Module, report: ConversionReport) -> None:
+    def choose_executions(self, after: nn.Module) -> None:
         """Run every converted layer the faster way, as measured here."""
-        rows = {row.name: row for row in report.layers if row.form is not None}
+        rows = {row.name: row for row in self.report.layers if row.form is not None}
         inputs = layer_inputs(after, list(rows), self.size)
         for name, row in rows.items():
             layer = after.get_submodule(name)

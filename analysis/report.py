@@ -98,6 +98,11 @@ class ConversionReport:
         """Plain data, as in ``report.json``."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ConversionReport:
+        """The report that :meth:`to_dict` described."""
+        return cls(**{**data, "layers": [LayerReport(**row) for row in data["layers"]]})
+
     def measure(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
         """Fill in costs, equivariance errors, latency and memory, and each layer's row, from two networks in eval mode.
 

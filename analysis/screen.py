@@ -38,16 +38,27 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
     console.print(f"relative error of the class scores, as converted: {report.output_error:.3g}")
     before, after = report.latency["milliseconds"]
     machine = f"{report.latency['machine']}, threads: {report.latency['threads']}"
-    console.print(f"forward pass, batch {report.latency['batch']}: {before:.1f} → {after:.1f} ms ({machine})")
+    memory = " → ".join(f"{size / 2**20:.1f}" for size in report.memory)
+    batch = report.latency["batch"]
+    console.print(f"forward pass, batch {batch}: {before:.1f} → {after:.1f} ms, peak memory {memory} MiB ({machine})")
+    if "allocation_why" in report.request:
+        console.print(f"allocation: {report.request['allocation_why']}")
     if "before" in report.accuracy:
-        images = f"{report.accuracy['test_images']:,} images of {document['data']['name']}"
-        console.print(f"\n[bold]test error[/] on {images}")
-        for stage in filter(report.accuracy.__contains__, _STAGES):
-            epochs = report.accuracy.get("finetune_recipe", {}).get("epochs")
-            text = _STAGES[stage].format(epochs=f"{epochs} epoch{'' if epochs == 1 else 's'}")
-            console.print(f"  {text:<32}{report.accuracy[stage]:6.2f} %")
+        _print_accuracy(console, report, document["data"]["name"])
     for note in report.notes:
         console.print(f"[dim]note: {note}[/]")
+
+
+def _print_accuracy(console: Console, report: ConversionReport, data: str) -> None:
+    """The error at every stage on test images and, where the network was not trained on them, on validation images."""
+    validation = report.accuracy.get("validation")
+    images = f"{report.accuracy['test_images']:,} images of {data}"
+    console.print(f"\n[bold]test error[/] on {images}" + ("; validation error beside it" if validation else ""))
+    epochs = (report.finetuning or {}).get("epochs")
+    for stage in filter(report.accuracy.__contains__, _STAGES):
+        text = _STAGES[stage].format(epochs=f"{epochs} epoch{'' if epochs == 1 else 's'}")
+        beside = f"{validation[stage]:8.2f} %" if validation else ""
+        console.print(f"  {text:<32}{report.accuracy[stage]:6.2f} %{beside}")
 
 
 _STAGES = {

@@ -320,7 +320,7 @@ class TurnedPerOutput(Form):
             y = F.conv2d(F.conv2d(maps, w), d, None, *sampling, groups=len(d))
             return y if rank == 1 else y.unflatten(1, (rank, o * s)).sum(1)
 
-        # One input element after the other: on CPUs twice as fast as all at once, which needs maps S times the size.
+        # One input element after the other: all at once would need maps S times the size.
         return reduce(torch.add, map(of_element, x.unflatten(1, (i, s)).unbind(2), w.chunk(s), d.chunk(s)))
 
 
