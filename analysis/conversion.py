@@ -25,7 +25,7 @@ from .budget import Budget
 from .execution import faster_execution, latency, layer_inputs, layer_times
 from .finetuning import Distillation, finetune
 from .fitting import fit
-from .moments import collect_moments, passes
+from .moments import channel_weights, collect_moments, passes
 from .report import ConversionReport, LayerReport, random_images
 from .sensitivity import Options, fingerprint, from_table, measure_options, to_table
 
@@ -33,6 +33,7 @@ Network = TypeVar("Network", bound=nn.Module)
 MINIMISE = ("auto", "weights", "outputs")
 _IMAGES = 4000  # training images that layers are fitted on; the statistics of batch norm come from all
 _PATCHES = 100_000
+_WEIGHT_IMAGES = 512  # for what an error in each channel costs
 _BATCHNORM_IMAGES = 2000  # between the layers; at the end all
 _PASSES = 8  # at most so many groups of layers are fitted one after the other
 _ROUNDS = 6  # of tightening a limit of time until the measured time is within it
@@ -463,11 +464,12 @@ class _Job:
         assert self.train is not None
         order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(self.seed))
         images = self.train.images[order[:_IMAGES]]
+        weights = channel_weights(self.before, names, images[:_WEIGHT_IMAGES], seed=self.seed) if names else {}
         for group in passes(self.before, names, max(1, -(-len(names) // _PASSES))):
             moments = collect_moments(self.before, after, group, images, seed=self.seed, patches=_PATCHES)
             for name in group:
                 layer, (form, rank, execution) = self.layers[name], self.settings(plan[name])
-                fitted = fit(layer, FORMS[form], rank, moments.pop(name))
+                fitted = fit(layer, FORMS[form], rank, moments.pop(name), weights=weights[name])
                 errors[name] = fitted.error
                 separable = SeparableGConv2d.from_factors(
                     layer, form, fitted.mix, fitted.spatial, fitted.bias, execution

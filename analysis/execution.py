@@ -18,7 +18,7 @@ from gconv.separable import EXECUTIONS, Execution
 BATCH = 16
 _ROUNDS = 15
 _SECONDS = 3.0
-_LAYER_SECONDS = 0.3
+_LAYER_SECONDS = 0.1
 _MARGIN = 0.97  # a layer leaves the dense execution only for one that is faster beyond noise
 
 

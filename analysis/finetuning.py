@@ -17,7 +17,7 @@ from gconv.training import Recipe, fit
 
 # Chosen on the validation part of rotmnist-regen; see benchmarks/conversion.py.
 _LEARNING_RATE = 2e-2
-_BATCH_SIZE = 128
+_BATCH_SIZE = 64
 TARGETS = ("scores", "layers")
 
 

@@ -26,6 +26,7 @@ from .moments import Moments
 PRIOR = 1e-3
 """Weight of staying near the trained filter, relative to the mean eigenvalue of M: a floor under all eigenvalues."""
 _FLOOR = 1e-10  # relative to the largest eigenvalue: below this a direction is rounding
+_LEAST_WEIGHT = 1e-2  # relative to the mean: no channel is given up, the estimate of its weight may be wrong
 _FIRST_STEPS = 5  # before one of the two starts is dropped
 _CHUNK = 2**24  # numbers in one block of normal equations
 
@@ -55,20 +56,23 @@ def fit(
     rank: int,
     moments: Moments,
     *,
+    weights: Tensor | None = None,
     steps: int = 100,
     tolerance: float = 1e-5,
     prior: float = PRIOR,
 ) -> Fit:
     """Fit a separable filter to a layer's output.
 
-    Every output channel counts relative to its own power, as a batch norm after it would see it. Where the layer has a
-    bias, covariances replace the second moments and the bias is fitted with the rest.
+    How much each output channel counts matters where channels share kernels (``gc_in``). Where the layer has a bias,
+    covariances replace the second moments and the bias is fitted with the rest.
 
     Args:
         layer: the trained layer, which the moments' outputs come from.
         form: of the filter.
         rank: of the filter.
         moments: from :func:`analysis.moments.collect_moments`.
+        weights: ``[O]``, what an error in a channel costs (:func:`analysis.moments.channel_weights`); by default every
+            channel counts relative to its own power, as a batch norm after it would see it.
         steps: at most so many rounds of the two least-squares problems.
         tolerance: stop when a round lowers the objective by less than this share.
         prior: see :data:`PRIOR`; 0 fits the moments alone.
@@ -80,7 +84,7 @@ def fit(
     if layer.bias is not None:
         moments = moments.centred()
     weight = layer.weight.detach().double()
-    problem = _Problem(layer, form, moments, prior)
+    problem = _Problem(layer, form, moments, prior, weights)
     starts = [weight, _whitened(problem, rank)]
     runs = [problem.descend(*problem.split(start, rank), min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
@@ -112,15 +116,22 @@ class _Problem:
     In the frame a filter is ``[O, I, S, Y]``, Y = k k; W is ``[O, I, R, S]`` and D ``[O or 1, I or 1, R, Y]``.
     """
 
-    def __init__(self, layer: GConv2d | SeparableGConv2d, form: Form, moments: Moments, prior: float) -> None:
+    def __init__(
+        self, layer: GConv2d | SeparableGConv2d, form: Form, moments: Moments, prior: float, weights: Tensor | None
+    ) -> None:
         self.form, self.shape, self.pixels = form, layer.filter_shape, layer.tables.pixels
         o, i, s, k = self.shape
         self.sizes = (i, s, k * k)
         weight = layer.weight.detach().double()
         ridge = prior * moments.second.diagonal().mean()
-        # The scale of each channel: with it sum_o is what is minimised, without further weights.
         power = moments.power + ridge * weight.flatten(1).square().sum(1)
-        self.scale = power.clamp_min(_FLOOR * power.max()).clamp_min(torch.finfo(power.dtype).tiny).rsqrt()
+        tiny = torch.finfo(power.dtype).tiny
+        if weights is None:
+            # J = sum_o scale_o² J_o: so every channel has the same power.
+            self.scale = power.clamp_min(_FLOOR * power.max()).clamp_min(tiny).rsqrt()
+        else:
+            weights = weights.to(power)
+            self.scale = weights.clamp_min(_LEAST_WEIGHT * weights.mean()).clamp_min(tiny).sqrt()
         own = form.own_frame
         index = torch.arange(weight[0].numel(), device=weight.device).reshape(1, i, s, k, k)
         self.order = FORMS["g_turned" if own else "g"].fold(index, self.pixels).flatten()

@@ -26,6 +26,7 @@ from gconv.modes import evaluating
 PATCHES = 200_000
 """Patches of one layer that are looked at; drawn at random where there are more."""
 _BATCH = 250
+_GRADIENT_BATCH = 64
 _BLOCK_BYTES = 2**26
 _MOMENT_BYTES = 2**29
 
@@ -182,6 +183,46 @@ def _run_with_hooks(
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+    """How much the class scores mind each output channel of some layers: ``[O]`` for each, float64.
+
+    The mean over images of ``|d scores / d y_o|²``, summed over the group axis and the plane: what an error of variance
+    one in that channel does to the scores, to first order. The square is estimated with one random direction v an
+    image, ``E (v . d scores / d y_o)²``; v has mean zero over the classes, as a common offset changes no prediction.
+
+    Args:
+        model: the trained network.
+        names: of its layers.
+        images: ``[N, C, H, W]``.
+        seed: of the directions.
+    """
+    like = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    outputs: dict[str, Tensor] = {}
+    total: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
+    hooks = []
+    for name in names:
+
+        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            outputs[name] = output
+
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        with evaluating(model), torch.enable_grad():
+            for batch in images.split(_GRADIENT_BATCH):
+                # The images carry the gradient, so that there is one even where all weights are frozen.
+                scores = model(batch.to(like).requires_grad_())
+                direction = torch.randn(scores.shape, generator=generator).to(scores)
+                direction -= direction.mean(1, keepdim=True)
+                gradients = torch.autograd.grad((scores * direction).sum(), [outputs[name] for name in names])
+                for name, gradient in zip(names, gradients, strict=True):
+                    total[name] += gradient.double().square().sum((0, *range(2, gradient.dim())))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: torch.as_tensor(weight) / len(images) for name, weight in total.items()}
 
 
 def passes(model: nn.Module, names: Sequence[str], longest: int | None = None) -> list[list[str]]:

@@ -28,7 +28,7 @@ from gconv.separable import FORMS
 
 from .allocators import Option
 from .fitting import fit
-from .moments import collect_moments, passes
+from .moments import channel_weights, collect_moments, passes
 
 _IMAGES = 1000  # images that the moments are taken from
 _PATCHES = 50_000
@@ -58,7 +58,9 @@ def measure_options(model: nn.Module, options: Options, data: Split, probes: Spl
     images = data.images[chosen[:_IMAGES]]
     measured: Options = {}
     fits: dict[str, list[nn.Module]] = {}
-    for names in passes(model, [name for name, own in options.items() if len(own) > 1]):
+    several = [name for name, own in options.items() if len(own) > 1]
+    weights = channel_weights(model, several, images[:_PROBES], seed=seed) if several else {}
+    for names in passes(model, several):
         moments = collect_moments(model, model, names, images, seed=seed, patches=_PATCHES)
         for name in tqdm(names, desc="fitting options", disable=None, leave=False, unit="layer"):
             layer = model.get_submodule(name)
@@ -66,7 +68,9 @@ def measure_options(model: nn.Module, options: Options, data: Split, probes: Spl
             rows, made = [options[name][0]], []
             for option in options[name][1:]:
                 assert option.form is not None and option.rank is not None
-                fitted = fit(layer, FORMS[option.form], option.rank, moments[name], steps=_STEPS)
+                fitted = fit(
+                    layer, FORMS[option.form], option.rank, moments[name], weights=weights[name], steps=_STEPS
+                )
                 rows.append(replace(option, error=fitted.error**2, relative_error=fitted.error))
                 made.append(
                     SeparableGConv2d.from_factors(

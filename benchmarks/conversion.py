@@ -35,6 +35,7 @@ CHECKPOINTS = Path("checkpoints")
 HELD_OUT = tuple(f"p4cnn-rotmnist-regen-heldout-seed{seed}" for seed in range(3))
 WIDE = "p4cnn-w30-rotmnist-regen"
 P4M = "p4m-cnn-rotdigits"
+SCRATCH = (*(f"gc-p4cnn-small-rotmnist-regen-seed{seed}" for seed in range(3)), "gc-p4cnn-rotmnist-regen")
 EPOCHS = 10
 
 
@@ -63,11 +64,12 @@ class Run:
 RUNS = (
     *(Run(name, "ours gc_in", "rank", 1, EPOCHS) for name in HELD_OUT),  # 3,420 parameters: no smaller ones exist
     *(Run(name, "ours", "params", 8910, EPOCHS) for name in HELD_OUT),
-    Run(WIDE, "ours gc_in", "rank", 1, EPOCHS),  # 24,640 parameters and 13.0 M MACs
     *(Run(name, "ours", "params", budget) for name in HELD_OUT for budget in (0.28, 0.45)),
+    Run(WIDE, "ours gc_in", "rank", 1, EPOCHS),  # 24,640 parameters and 13.0 M MACs
+    *(Run(HELD_OUT[0], "svd gc", "params", budget) for budget in (0.28, 0.45)),
     *(Run(HELD_OUT[0], method, "params", 3420, EPOCHS) for method in ("svd gc", "tucker", "cp")),
     *(Run(HELD_OUT[0], method, "params", 8910, EPOCHS) for method in ("svd g", "svd gc", "tucker", "cp")),
-    *(Run(HELD_OUT[0], method, "params", b) for b in (0.28, 0.45) for method in ("svd gc", "tucker", "cp")),
+    *(Run(HELD_OUT[0], method, "params", b) for b in (0.28, 0.45) for method in ("tucker", "cp")),
     *(Run(HELD_OUT[0], method, "macs", b) for b in (0.15, 0.3) for method in ("ours", "svd gc", "tucker", "cp")),
     *(Run(P4M, method, "params", b, EPOCHS) for b in (0.15, 0.4) for method in ("ours", "svd gc", "tucker", "cp")),
 )
@@ -162,6 +164,68 @@ def _scores(network: nn.Module, data: Dataset) -> dict[str, float]:
     return {"validation_error": validation.error, "test_error": test.error}
 
 
+def rows() -> list[dict[str, Any]]:
+    """One row for each record, and one for each network trained from scratch at the size of a converted one.
+
+    Errors are on test images, in per cent; ``epochs`` are those of fine-tuning or of training from scratch.
+    """
+    found = []
+    for document in load_records():
+        run, stages, original = document["run"], document["stages"], document["original"]
+        found.append(
+            {
+                "network": run["checkpoint"],
+                "data": document["dataset"],
+                "method": run["method"],
+                "parameters": document["parameters"],
+                "macs": document["macs_executed"],
+                "equivariance": document["equivariance_error"],
+                "original": original["test_error"],
+                "share": document["parameters"] / original["parameters"],
+                "converted": stages["converted"]["test_error"],
+                "epochs": run["epochs"] or None,
+                "finetuned": stages.get("finetuned", {}).get("test_error"),
+            }
+        )
+    for name in SCRATCH:
+        path = CHECKPOINTS / f"{name}.pt"
+        if path.exists():
+            source = gconv.read(path)
+            counted = gconv.cost(source.model, source.model.input_shape)
+            found.append(
+                {
+                    "network": name,
+                    "data": source.record["dataset"],
+                    "method": "from scratch",
+                    "parameters": counted.parameters,
+                    "macs": counted.macs_executed,
+                    "equivariance": None,
+                    "original": None,
+                    "share": None,
+                    "converted": None,
+                    "epochs": source.record["recipe"]["epochs"],
+                    "finetuned": source.record["test_error"],
+                }
+            )
+    return found
+
+
+def table() -> str:
+    """The rows as Markdown, smallest networks last; equal sizes stand together."""
+    lines = [
+        "| network | method | parameters | MACs as executed | equivariance error | original | converted | trained |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows(), key=lambda row: (row["data"] == "rotdigits", -round(row["parameters"], -3))):
+        equivariance = "" if row["equivariance"] is None else f"{row['equivariance']:.0e}"
+        errors = ["" if row[key] is None else f"{row[key]:.2f} %" for key in ("original", "converted", "finetuned")]
+        if row["epochs"] is not None:
+            errors[-1] += f" ({row['epochs']} epochs)"
+        sizes = (f"{row['parameters']:,}", f"{row['macs']:,}", equivariance)
+        lines.append(f"| {' | '.join((row['network'], row['method'], *sizes, *errors))} |")
+    return "\n".join(lines)
+
+
 def load_records() -> list[dict[str, Any]]:
     """All records, in the order of ``RUNS``."""
     return [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
@@ -177,7 +241,9 @@ def main(argv: list[str]) -> None:
             with atomic_path(run.path) as path:
                 path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             print(run.path.name, document["parameters"], document["stages"], flush=True)
-    elif argv != ["table"]:
+    elif argv == ["table"]:
+        print(table())
+    else:
         sys.exit("usage: python -m benchmarks.conversion run [PART OF A NAME] | table")
 
 

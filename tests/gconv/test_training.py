@@ -119,7 +119,7 @@ def test_the_default_recipe_is_the_published_one():
 
 
 def test_a_recipe_is_plain_data_and_back():
-    recipe = Recipe(3, 7, 0.5, 0.25, 2)
+    recipe = Recipe(3, 7, 0.5, 0.25, 2, "cosine")
     described = recipe.to_dict()
     assert described == {
         "optimizer": "adam",
@@ -128,8 +128,11 @@ def test_a_recipe_is_plain_data_and_back():
         "learning_rate": 0.5,
         "weight_decay": 0.25,
         "decay_epoch": 2,
+        "schedule": "cosine",
     }
     assert Recipe.from_dict(described) == recipe
+    older = {key: value for key, value in described.items() if key != "schedule"}  # records from before there was one
+    assert Recipe.from_dict(older) == dataclasses.replace(recipe, schedule="step")
 
 
 def test_fit_is_adam_with_one_step_down_on_every_image_once_an_epoch():
