@@ -484,14 +484,18 @@ class _Job:
         return option.form, option.rank, option.execution if self.execution == "auto" else self.execution
 
     def choose_executions(self, after: nn.Module) -> None:
-        """Run every converted layer the faster way, as measured here."""
+        """Run every converted layer the faster way, as measured here; once for layers of a kind."""
         rows = {row.name: row for row in self.report.layers if row.form is not None}
         inputs = layer_inputs(after, list(rows), self.size)
+        known: dict[Any, Any] = {}
         for name, row in rows.items():
-            layer = after.get_submodule(name)
+            layer, x = after.get_submodule(name), inputs[name]
             assert isinstance(layer, SeparableGConv2d)
-            execution, times = faster_execution(layer, inputs[name])
-            layer.execution = execution
+            key = (layer.form.name, layer.rank, _kind(layer, x))
+            if key not in known:
+                known[key] = faster_execution(layer, x)
+            layer.execution, times = known[key]
+            execution = layer.execution
             row.milliseconds = times["dense"], times[execution]
             row.why += f"; {execution}: {times['factorized']:.2f} ms factorized, {times['dense']:.2f} ms dense"
 
@@ -504,7 +508,7 @@ def _timed_options(
     timed: Options = {}
     for name, own in options.items():
         layer, x = layers[name], inputs[name]
-        shape = (layer.group.name, layer.filter_shape, layer.sampling, tuple(x.shape))
+        shape = _kind(layer, x)
         kind = layer.rank if isinstance(layer, SeparableGConv2d) else None
         rows = []
         for option in own:
@@ -517,6 +521,11 @@ def _timed_options(
         assert first is not None
         timed[name] = (rows[0], *(row for row in rows[1:] if row.milliseconds is not None and row.milliseconds < first))
     return timed
+
+
+def _kind(layer: GConv2d | SeparableGConv2d, x: Tensor) -> tuple[Any, ...]:
+    """What the time of a layer depends on, beside form and rank."""
+    return layer.group.name, layer.filter_shape, layer.sampling, tuple(x.shape)
 
 
 def _timed(layer: GConv2d | SeparableGConv2d, option: Option, x: Tensor, execution: str) -> Option:

@@ -18,6 +18,7 @@ from gconv.errors import InputError
 from .execution import BATCH, latency
 from .memory import forward_memory
 
+_OUTPUT_IMAGES = 4
 _ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs
 
 
@@ -72,7 +73,7 @@ class ConversionReport:
         equivariance_error: for one seeded random image the largest relative change of the class scores over the group,
             in float64: at rounding level where the network is invariant.
         latency: median milliseconds a batch, and with what it was measured.
-        memory: peak bytes of the live tensors in a forward pass of that batch, beside weights and input.
+        memory: peak bytes of the live tensors in a forward pass of one image, beside weights and input.
         accuracy: error in per cent at each stage: on the test images, and under ``validation`` on those.
         sensitivity: the options of each layer with their measured errors (:func:`analysis.sensitivity.to_table`), to
             be used again; None if they were not measured.
@@ -127,7 +128,7 @@ class ConversionReport:
             for inexact in first.inexact:
                 self._note(str(inexact))
         self.latency = latency(before, after, images)
-        self.memory = (forward_memory(before, images), forward_memory(after, images))
+        self.memory = (forward_memory(before, images[:1]), forward_memory(after, images[:1]))
 
     def measure_output(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
         """Fill in the error of the class scores.
@@ -135,7 +136,7 @@ class ConversionReport:
         Raises:
             InputError: scores are NaN or infinite.
         """
-        images = random_images(before, input_shape, seed)
+        images = random_images(before, input_shape, seed)[:_OUTPUT_IMAGES]
         with torch.no_grad():
             expected, got = before(images).double(), after(images).double()
         for network, scores in (("network as given", expected), ("converted network", got)):

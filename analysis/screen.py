@@ -40,7 +40,8 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
     machine = f"{report.latency['machine']}, threads: {report.latency['threads']}"
     memory = " → ".join(f"{size / 2**20:.1f}" for size in report.memory)
     batch = report.latency["batch"]
-    console.print(f"forward pass, batch {batch}: {before:.1f} → {after:.1f} ms, peak memory {memory} MiB ({machine})")
+    console.print(f"forward pass, batch {batch}: {before:.1f} → {after:.1f} ms ({machine})")
+    console.print(f"peak memory of one image: {memory} MiB")
     if "allocation_why" in report.request:
         console.print(f"allocation: {report.request['allocation_why']}")
     if "before" in report.accuracy:
