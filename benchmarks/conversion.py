@@ -35,7 +35,7 @@ CHECKPOINTS = Path("checkpoints")
 HELD_OUT = tuple(f"p4cnn-rotmnist-regen-heldout-seed{seed}" for seed in range(3))
 WIDE = "p4cnn-w30-rotmnist-regen"
 P4M = "p4m-cnn-rotdigits"
-SCRATCH = (*(f"gc-p4cnn-small-rotmnist-regen-seed{seed}" for seed in range(3)), "gc-p4cnn-rotmnist-regen")
+SCRATCH = (*(f"gc-p4cnn-small-rotmnist-regen-seed{seed}" for seed in range(2)), "gc-p4cnn-rotmnist-regen")
 EPOCHS = 10
 
 

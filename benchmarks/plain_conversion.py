@@ -23,8 +23,8 @@ RUNS = (("g", 3), ("g", 1), ("gc", 1))
 def record(form: str, rank: int) -> None:
     """Convert once and keep the report."""
     with tempfile.TemporaryDirectory() as out:
-        options = ["--form", form, "--rank", str(rank), "--data", "rotmnist-regen", "--out", out, "--force"]
-        if decompose([CHECKPOINT, *options]):
+        options = ["--form", form, "--rank", str(rank), "--minimise", "weights", "--data", "rotmnist-regen"]
+        if decompose([CHECKPOINT, *options, "--out", out, "--force"]):
             sys.exit(1)
         RECORDS.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(out, "report.json"), RECORDS / f"{form}-{rank}.json")
