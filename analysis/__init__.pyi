@@ -10,6 +10,7 @@ from .report import ConversionReport as ConversionReport
 from .report import LayerReport as LayerReport
 from .spectra import block_energies as block_energies
 from .spectra import explained_energy as explained_energy
+from .sweep import sweep as sweep
 from .table import Redundancy as Redundancy
 from .table import block_redundancy as block_redundancy
 from .table import redundancy as redundancy

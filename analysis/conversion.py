@@ -269,9 +269,7 @@ class _Job:
             option = plan[name].option
             form, rank = (option.form, option.rank) if option else (None, None)
             shape, error = tuple(layer.weight.shape), errors.get(name)
-            row = LayerReport(
-                name, layer.group.name, shape, curves[name], form, rank, plan[name].why, fit_error=error
-            )
+            row = LayerReport(name, layer.group.name, shape, curves[name], form, rank, plan[name].why, fit_error=error)
             self.report.layers.append(row)
         if all(row.form is None for row in self.report.layers):
             self.report.notes.append("nothing was converted, the layers are as given; a lower budget or one form may")
@@ -572,4 +570,3 @@ def _check_split(model: nn.Module, label: str, split: Split) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise InputError(f"{label} has labels from {low} to {high}; accepted: 0 to {classes - 1}")
-

@@ -217,9 +217,7 @@ def _sensitivity(path: str) -> Any:
     return table
 
 
-def _data(
-    name: str | None, source: Checkpoint
-) -> tuple[Dataset | None, Split | None, Split | None, Split | None]:
+def _data(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Split | None, Split | None, Split | None]:
     """The data set, the images that this network was trained on, validation images that it was not, and test images."""
     if name is None:
         return None, None, None, None

@@ -73,9 +73,7 @@ def finetune(
     Returns:
         The recipe and the history of this call, as plain data.
     """
-    recipe = Recipe(
-        epochs, batch_size=_BATCH_SIZE, learning_rate=_LEARNING_RATE, weight_decay=0.0, schedule="cosine"
-    )
+    recipe = Recipe(epochs, batch_size=_BATCH_SIZE, learning_rate=_LEARNING_RATE, weight_decay=0.0, schedule="cosine")
     with _Loss(student, teacher, layers, distillation) as loss:
         history = fit(
             student, train, recipe, seed=seed, loss=loss, resume=resume, after_epoch=after_epoch, label="fine-tuning"

@@ -201,9 +201,7 @@ class _Problem:
         if d.shape[0] == 1:
             matrix = self._normal_mix(d[0])
             return _solve(matrix, right.mT).mT.reshape(o, i, rank, s)
-        return torch.stack(
-            [_solve(self._normal_mix(d[c]), right[c].view(size, 1)).view(i, rank, s) for c in range(o)]
-        )
+        return torch.stack([_solve(self._normal_mix(d[c]), right[c].view(size, 1)).view(i, rank, s) for c in range(o)])
 
     def _normal_mix(self, d: Tensor) -> Tensor:
         """``[I R S, I R S]`` for one o; d is ``[I or 1, R, Y]``."""
@@ -287,4 +285,3 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     kept = values > _FLOOR * values[-1]
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0)
     return vectors @ (inverse[:, None] * (vectors.mT @ right))
-

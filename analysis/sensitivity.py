@@ -68,9 +68,7 @@ def measure_options(model: nn.Module, options: Options, data: Split, probes: Spl
             rows, made = [options[name][0]], []
             for option in options[name][1:]:
                 assert option.form is not None and option.rank is not None
-                fitted = fit(
-                    layer, FORMS[option.form], option.rank, moments[name], weights=weights[name], steps=_STEPS
-                )
+                fitted = fit(layer, FORMS[option.form], option.rank, moments[name], weights=weights[name], steps=_STEPS)
                 rows.append(replace(option, error=fitted.error**2, relative_error=fitted.error))
                 made.append(
                     SeparableGConv2d.from_factors(

@@ -112,9 +112,7 @@ def record(run: Run) -> dict[str, Any]:
         "parameters": counted.parameters,
         "macs_published": counted.macs_published,
         "macs_executed": counted.macs_executed,
-        "equivariance_error": gconv.equivariance_error(
-            copy.deepcopy(network).double(), original.spec.group, one
-        ).max,
+        "equivariance_error": gconv.equivariance_error(copy.deepcopy(network).double(), original.spec.group, one).max,
         "equivariance_error_float32": gconv.equivariance_error(network, original.spec.group, one.float()).max,
         "stages": stages,
         "layers": layers,

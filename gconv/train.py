@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("dataset", metavar="DATASET", help="name of the data set; GCONV_DATA=DIR is looked in first")
     p.add_argument("--model", metavar="NAME", help=f"one of {_MODEL_NAMES}")
     p.add_argument("--group", help="another group than the model's own: z2, p2, p4, pm, pmm, p4m")
-    p.add_argument("--separable", metavar="FORM", help="separable layers of this form: g, gc, gc_in, g_turned, gc_turned")
+    p.add_argument("--separable", metavar="FORM", help="separable layers: g, gc, gc_in, g_turned or gc_turned")
     p.add_argument("--width", type=number(int, 1), help="channels (of a ResNet's first stage), default as published")
     p.add_argument("--epochs", type=number(int, 0), help="default 50")
     p.add_argument("--seed", type=number(int, 0, 10**9), help="of initialisation and data order, default 0")

@@ -593,7 +593,9 @@ def test_a_layer_that_goes_back_to_training_lets_go_of_what_it_kept(kind):
 
 @every_kind
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer)), "torch.save"], ids=str
+    "copied",
+    [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer)), "torch.save"],
+    ids=["deepcopy", "copy", "pickle", "torch.save"],
 )
 def test_what_is_kept_is_in_no_copy_file_or_state(kind, copied):
     layer, x = warm(kind)

@@ -1,0 +1,508 @@
+"""``python -m analysis.sweep``: error against parameters, multiply-accumulates and latency, over several budgets."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
+
+from gconv.cli import Parser, main_args, number, run
+from gconv.errors import InputError, one_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gconv.data import Split
+
+    from .budget import Budget
+    from .report import ConversionReport
+
+PROG = "python -m analysis.sweep"
+UNITS = ("params", "macs", "latency")
+BUDGETS = (0.15, 0.2, 0.3, 0.4, 0.6)
+COSTS = ("parameters", "macs_executed", "latency_share")
+ERRORS = ("validation_error", "test_error", "output_error")
+FILES = ("sweep.json", "sweep.csv", "sweep.png")
+_IDENTITY = ("network", "data", "options", "environment")  # what a sweep is continued with
+_COLUMNS = (
+    "requested", "out_of_reach", "parameters", "macs_published", "macs_executed", "latency_ms_before",
+    "latency_ms_after", "latency_share", "memory_bytes", "equivariance_error", "output_error", "validation_error",
+    "test_error", "layers", "seconds",
+)  # fmt: skip
+_WIDTH_ELSEWHERE = 160  # columns where there is no terminal
+
+Row = dict[str, Any]
+
+
+class _Callable(ModuleType):
+    """A module that is called as its function, as :mod:`analysis.redundancy` is, with which it shares its name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Row]:
+        return sweep(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+
+def sweep(
+    model: nn.Module,
+    budgets: Sequence[float | str] = BUDGETS,
+    unit: str = "params",
+    form: str = "auto",
+    *,
+    allocation: str = "auto",
+    minimise: str = "auto",
+    execution: str = "auto",
+    data: Split | None = None,
+    validation: Split | None = None,
+    test: Split | None = None,
+    seed: int = 0,
+    input_shape: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    about: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Convert a network to several budgets, and find what is on the Pareto front of error against cost.
+
+    Args:
+        model: a trained network with layers of this package; it is not changed.
+        budgets: each as :func:`analysis.convert` takes it: a fraction of what the network has, or an absolute value.
+        unit: what they are of: ``params``, ``macs`` (as executed) or ``latency``.
+        form: as for :func:`analysis.convert`, like everything down to ``input_shape``.
+        out: a folder for ``sweep.json``, ``sweep.csv`` and ``sweep.png``. The first is rewritten after every row, and
+            an interrupted sweep goes on from there when it is called again with the same arguments.
+        force: start over and replace what is in ``out``.
+        about: further entries of ``sweep.json``, as plain data.
+        say: is told what rows are there already.
+
+    Returns:
+        A row of plain data for the network as given (``requested`` is None), and one for each budget:
+
+        * ``requested``; ``out_of_reach``, why there is no such network, else None, and then the rest is None;
+        * ``parameters``, ``macs_published``, ``macs_executed``, ``memory_bytes``, ``equivariance_error`` of the
+          converted network, as in :class:`analysis.ConversionReport`;
+        * ``latency_ms_before`` and ``latency_ms_after``, of the original and this network measured side by side, and
+          ``latency_share``, their ratio: what rows are compared by, as the machine's speed drifts between them;
+        * ``output_error``, ``validation_error`` and ``test_error``, the last two in per cent, with batch norm
+          re-estimated, and None without such images;
+        * ``layers``, the form and rank of each (None: unchanged) and its execution; ``seconds``, the time it took;
+        * ``pareto``: for each of ``parameters``, ``macs_executed`` and ``latency_share`` whether no other row is as
+          good in it and in the error and better in one of them. The error is the first that was measured of
+          ``validation_error``, ``test_error`` and ``output_error``.
+
+    Raises:
+        InputError: as :func:`analysis.convert`, except for a budget out of reach; ``out`` has another sweep or cannot
+            be written.
+    """
+    wanted = _budgets(unit, budgets)
+
+    from gconv.training import environment
+
+    from .allocation import energy_curves
+    from .conversion import _Job, convert, final_stage, score
+    from .execution import machine
+    from .sensitivity import fingerprint
+
+    settings: dict[str, Any] = {
+        "form": form, "allocation": allocation, "minimise": minimise, "execution": execution, "seed": seed,
+    }  # fmt: skip
+    splits: dict[str, Any] = {"data": data, "validation": validation, "test": test}
+    # Checks everything that does not depend on the budget, before anything slow.
+    job = _Job.checked(
+        model, budget=wanted[0], sensitivity=None, input_shape=input_shape, **settings, **splits
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    document: dict[str, Any] = {
+        **(about or {}),
+        "network": fingerprint(job.before),
+        "data": {name: None if split is None else _digest(split) for name, split in splits.items()},
+        "options": {"unit": unit, "budgets": [_requested(budget) for budget in wanted], **settings},
+        "environment": {**environment(device), "machine": machine(device)},
+        "error": None,
+        "sensitivity": None,
+        "rows": [],
+    }
+    paths = _paths(out, force=force)
+    document = _started(paths, document, force=force)
+    rows: list[Row] = document["rows"]
+    done = len(rows)
+    if done:
+        say(f"{paths['sweep.json']} has {done} of {len(wanted) + 1} rows already, they are not computed again")
+
+    from tqdm import tqdm
+
+    with tqdm(total=len(wanted) + 1, initial=done, desc="sweeping", unit="row", disable=None, leave=False) as bar:
+
+        def add(row: Row, began: float) -> None:
+            rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
+            document["error"] = mark_pareto(rows)
+            _write_json(paths, document)
+            bar.update()
+
+        if not rows:
+            began = time.perf_counter()
+            score(job.report, "before", job.before, validation, test)
+            job.report.measure(job.before, job.before, job.size, seed)
+            job.measured({name: energy_curves(layer) for name, layer in job.layers.items()})
+            document["sensitivity"] = job.report.sensitivity
+            add(_original(job.report), began)
+        for budget in wanted[len(rows) - 1 :]:
+            began = time.perf_counter()
+            requested = _requested(budget)
+            bar.set_postfix_str(f"{unit} {requested}")
+            try:
+                _, report = convert(
+                    model,
+                    **{unit: requested},
+                    sensitivity=document["sensitivity"],
+                    input_shape=input_shape,
+                    **settings,
+                    **splits,
+                )
+            except InputError as error:
+                row: Row = {**dict.fromkeys(_COLUMNS), "requested": requested, "out_of_reach": str(error)}
+            else:
+                row = _row(report, requested, final_stage(data, 0))
+            add(row, began)
+    _write_all(paths, document)
+    return rows
+
+
+def mark_pareto(rows: Sequence[Row]) -> str:
+    """Enter into every row whether it is on the front; returns which error was compared."""
+    error = next(name for name in ERRORS if rows[0][name] is not None)
+    found = [row for row in rows if row["out_of_reach"] is None]
+    for row in rows:
+        row["pareto"] = {
+            cost: row["out_of_reach"] is None and not any(_better(other, row, cost, error) for other in found)
+            for cost in COSTS
+        }
+    return error
+
+
+def _better(one: Row, other: Row, *keys: str) -> bool:
+    """Whether one is nowhere worse and somewhere better."""
+    first, second = ([row[key] for key in keys] for row in (one, other))
+    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+
+
+def _budgets(unit: str, values: Sequence[float | str]) -> list[Budget]:
+    """The budgets, checked; one that is given twice counts once."""
+    from .budget import Budget
+
+    if unit not in UNITS:
+        raise one_of("unit", unit, UNITS)
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+        raise InputError(f"budgets is {values!r}; accepted: a list of at least one, such as {list(BUDGETS)}")
+    return list(dict.fromkeys(Budget.of(**{unit: value}) for value in values))
+
+
+def _requested(budget: Budget) -> float | str:
+    """The budget as :func:`analysis.convert` takes it."""
+    return budget.value if budget.fraction or budget.kind != "latency" else f"{budget.value:.12g}ms"
+
+
+def _digest(split: Split) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for tensor in split:
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return {"images": len(split.labels), "sha256": digest.hexdigest()}
+
+
+def _original(report: ConversionReport) -> Row:
+    """The row of the network as given, from a report that compares it with itself."""
+    row = _row(report, None, "before")
+    # The ratio of its two times is nothing but noise.
+    return {**row, "latency_ms_after": row["latency_ms_before"], "latency_share": 1.0}
+
+
+def _row(report: ConversionReport, requested: float | str | None, stage: str) -> Row:
+    before, after = report.latency["milliseconds"]
+    validation = report.accuracy.get("validation")
+    return {
+        "requested": requested,
+        "out_of_reach": None,
+        "parameters": report.parameters[1],
+        "macs_published": report.macs_published[1],
+        "macs_executed": report.macs_executed[1],
+        "latency_ms_before": before,
+        "latency_ms_after": after,
+        "latency_share": after / before,
+        "memory_bytes": report.memory[1],
+        "equivariance_error": report.equivariance_error[1],
+        "output_error": report.output_error,
+        "validation_error": None if validation is None else validation[stage],
+        "test_error": report.accuracy.get(stage),
+        "layers": {
+            layer.name: {"form": layer.form, "rank": layer.rank, "execution": layer.execution}
+            for layer in report.layers
+        },
+    }
+
+
+# --- files
+
+
+def _paths(out: str | Path | None, *, force: bool) -> dict[str, Path]:
+    """Where the results go, if they may; nowhere without ``out``."""
+    if out is None:
+        return {}
+    from gconv.files import check_output
+
+    paths = {name: Path(out, name) for name in FILES}
+    # With sweep.json there, the others are its own; whether it is to be continued is checked afterwards.
+    own = check_output(paths["sweep.json"], force=True).is_file()
+    for path in paths.values():
+        check_output(path, force=force or own)
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a directory")
+    return paths
+
+
+def _started(paths: dict[str, Path], document: dict[str, Any], *, force: bool) -> dict[str, Any]:
+    """The document of the sweep that was interrupted, or this new one.
+
+    Raises:
+        InputError: it is another sweep.
+    """
+    path = paths.get("sweep.json")
+    if path is None or force or not path.exists():
+        return document
+    accepted = "accepted: another --out, or --force to replace it"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row["requested"] for row in found["rows"]]
+        given = {key: found[key] for key in (*_IDENTITY, "sensitivity")}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the file of a sweep; {accepted}") from error
+    if given["network"] != document["network"]:
+        raise InputError(f"{path} is of another network; {accepted}")
+    for key in _IDENTITY[1:]:
+        for name, value in document[key].items():
+            old = given[key].get(name)
+            if old != value:
+                what = "other images" if key == "data" else f"{name} {_text(old)}, not {_text(value)}"
+                raise InputError(f"{path} is of {'a sweep with ' if key != 'data' else ''}{what}; {accepted}")
+    if rows != [None, *document["options"]["budgets"]][: len(rows)] or not rows:
+        raise InputError(f"{path} is not the file of a sweep; {accepted}")
+    return {**document, **found}
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _write_json(paths: dict[str, Path], document: dict[str, Any]) -> None:
+    from gconv.files import atomic_path
+
+    if paths:
+        with atomic_path(paths["sweep.json"]) as path:
+            path.write_text(_json(document), encoding="utf-8")
+
+
+def _write_all(paths: dict[str, Path], document: dict[str, Any]) -> None:
+    """Write the three results, all or none."""
+    if not paths:
+        return
+    import matplotlib
+
+    matplotlib.use("agg")
+
+    from matplotlib import pyplot as plt
+
+    from gconv.files import atomic_path
+
+    from .pareto import plot_pareto
+
+    figure = plot_pareto(document["rows"], document["error"])
+    with ExitStack() as together:
+        files = {name: together.enter_context(atomic_path(path)) for name, path in paths.items()}
+        files["sweep.json"].write_text(_json(document), encoding="utf-8")
+        with files["sweep.csv"].open("w", encoding="utf-8", newline="") as file:
+            _write_csv(document["rows"], file)
+        figure.savefig(files["sweep.png"], dpi=150)
+    plt.close(figure)
+
+
+def _write_csv(rows: Sequence[Row], file: IO[str]) -> None:
+    """One line a row; what is absent is an empty field, and the layers are in words."""
+    writer = csv.DictWriter(file, [*_COLUMNS, *(f"pareto_{cost}" for cost in COSTS)], extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        layers = "; ".join(f"{name} {_choice(layer)}" for name, layer in (row["layers"] or {}).items())
+        writer.writerow({**row, "layers": layers, **{f"pareto_{cost}": row["pareto"][cost] for cost in COSTS}})
+
+
+def _choice(layer: dict[str, Any]) -> str:
+    return "unchanged" if layer["form"] is None else f"{layer['form']} {layer['rank']} {layer['execution']}"
+
+
+# --- command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    p = Parser(
+        PROG,
+        "Convert a network to several budgets, and show its error against parameters, multiply-accumulates and\n"
+        "latency, and which of the converted networks are on the Pareto front. With --data every layer is fitted to\n"
+        "the output that it had and batch norm is re-estimated. Writes sweep.json, sweep.csv and sweep.png; an\n"
+        "interrupted sweep goes on when the same command is given again.",
+        "  python -m analysis.sweep checkpoints/p4cnn-rotdigits.pt --data rotdigits\n"
+        "  python -m analysis.sweep net.pt --data rotmnist-regen --params 0.2,0.3,9k --out front\n"
+        "  python -m analysis.sweep net.pt --data rotmnist-regen --macs 0.3,0.5 --form gc_in --json > front.json\n"
+        "  python -m analysis.sweep net.pt --data rotmnist-regen --latency 0.8,3.5ms --out fast --force",
+    )
+    p.add_argument("checkpoint", metavar="CKPT", help="a network saved by gconv.save, gconv.train or decompose")
+    p.add_argument("--data", metavar="NAME", help="rotdigits, rotmnist-regen or rotmnist")
+    budget = p.add_mutually_exclusive_group()
+    default = ",".join(map(str, BUDGETS))
+    budget.add_argument(
+        "--params", metavar="P,…", help=f"parameters: fractions up to 1, or numbers (9k); default {default}"
+    )
+    budget.add_argument("--macs", metavar="M,…", help="multiply-accumulates of an image as executed: likewise (3.5M)")
+    budget.add_argument("--latency", metavar="L,…", help="time of a batch here: fractions up to 1, or times (3.5ms)")
+    p.add_argument(
+        "--form",
+        default="auto",
+        metavar="FORM",
+        help="g, gc, gc_in, g_turned or gc_turned for all layers, or auto (default): the best for each",
+    )
+    p.add_argument("--minimise", default="auto", metavar="M", help="outputs, weights, or auto: outputs with --data")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of the choice of images, default 0")
+    p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    p.add_argument("--out", metavar="DIR", help="where the results go (default: CKPT's name with -sweep)")
+    p.add_argument("--force", action="store_true", help="start over and replace the results that are in --out")
+    p.add_argument("--json", action="store_true", help="print sweep.json on stdout, everything else on stderr")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    args = parser().parse_args(main_args(argv))
+    return run(PROG, lambda: _command(args))
+
+
+def _command(args: argparse.Namespace) -> None:
+    # What the user typed is checked before anything slow is imported or read.
+    unit = next((unit for unit in UNITS if getattr(args, unit) is not None), "params")
+    given = getattr(args, unit)
+    budgets: Sequence[float | str] = BUDGETS if given is None else given.split(",")
+    _budgets(unit, budgets)
+
+    from gconv import checkpoint
+    from gconv.training import pick_device
+
+    from .decompose import _data
+
+    device = pick_device(args.device)
+    source = checkpoint.read(args.checkpoint)
+    out = Path(args.out or f"{Path(args.checkpoint).stem}-sweep")
+    dataset, train, validation, test = _data(args.data, source)
+    about: dict[str, Any] = {"checkpoint": str(args.checkpoint), "dataset": None}
+    if dataset is not None:
+        about["dataset"] = {key: getattr(dataset, key) for key in ("name", "description", "sha256")}
+    try:
+        rows = sweep(
+            source.model.to(device),
+            budgets,
+            unit,
+            args.form,
+            minimise=args.minimise,
+            data=train,
+            validation=validation,
+            test=test,
+            seed=args.seed,
+            input_shape=None if dataset is None else dataset.train.images.shape[1:],
+            out=out,
+            force=args.force,
+            about=about,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    except KeyboardInterrupt:
+        if Path(out, "sweep.json").exists():
+            again = "the same command without --force" if args.force else "the same command"
+            print(f"\nto continue: {again} (what was done is in {out / 'sweep.json'})", file=sys.stderr)
+        raise
+    print_sweep(rows, unit, file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        sys.stdout.write(Path(out, "sweep.json").read_text(encoding="utf-8"))
+    else:
+        print(f"written: {', '.join(str(out / name) for name in FILES)}")
+
+
+def print_sweep(rows: Sequence[Row], unit: str, *, file: IO[str]) -> None:
+    """Print a line for each row, and what is out of reach.
+
+    Args:
+        rows: of :func:`sweep`.
+        unit: of their budgets.
+        file: an open text stream.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(unit)
+    errors = [name for name in ERRORS if rows[0][name] is not None]
+    headings = ("parameters", "MACs published", "MACs executed", "ms", "memory", "equivariance\nerror")
+    for heading in (*headings, *(name.replace("_", "\n") for name in errors)):
+        table.add_column(heading, justify="right")
+    for heading in ("Pareto front in", "layers"):
+        table.add_column(heading)
+    original = rows[0]
+    for row in rows:
+        name = "original" if row["requested"] is None else str(row["requested"])
+        if row["out_of_reach"] is None:
+            table.add_row(name, *_cells(row, original, errors))
+        else:
+            table.add_row(name, "out of reach")
+    console = Console(file=file, width=None if file.isatty() else _WIDTH_ELSEWHERE, highlight=False, markup=False)
+    console.print(table)
+    for row in rows:
+        if row["out_of_reach"] is not None:
+            console.print(f"{unit} {row['requested']}: {row['out_of_reach']}")
+
+
+def _cells(row: Row, original: Row, errors: Sequence[str]) -> list[str]:
+    share = f"{row['parameters'] / original['parameters']:.0%}"
+    macs = f"{row['macs_executed'] / original['macs_executed']:.0%}"
+    return [
+        f"{row['parameters']:,} ({share})",
+        f"{row['macs_published'] / 1e6:.2f}M",
+        f"{row['macs_executed'] / 1e6:.2f}M ({macs})",
+        f"{row['latency_ms_after']:.2f} ({row['latency_share']:.0%})",
+        f"{row['memory_bytes'] / 2**20:.2f} MiB",
+        f"{row['equivariance_error']:.0e}",
+        *(f"{row[name]:.3g}" if name == "output_error" else f"{row[name]:.2f} %" for name in errors),
+        ", ".join(name for name, cost in _SHORT.items() if row["pareto"][cost]),
+        ", ".join(f"{count} {form or 'unchanged'}" for form, count in _forms(row)),
+    ]
+
+
+_SHORT = {"parameters": "parameters", "MACs": "macs_executed", "latency": "latency_share"}
+
+
+def _forms(row: Row) -> list[tuple[str | None, int]]:
+    return Counter(layer["form"] for layer in row["layers"].values()).most_common()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
