@@ -1,8 +1,8 @@
 """Figures of what was measured.
 
-:func:`plot_spectra` draws a conversion report. The others draw the redundancy table: they take what
-:func:`analysis.redundancy` gives, its frame, or rows chosen from that; they draw into ``ax``, or into a new figure, in
-matplotlib's current style, and return the Axes. Of a table over epochs they show the last, but for
+:func:`plot_spectra` and :func:`plot_sensitivity` draw a conversion report. The others draw the redundancy table: they
+take what :func:`analysis.redundancy` gives, its frame, or rows chosen from that; they draw into ``ax``, or into a new
+figure, in matplotlib's current style, and return the Axes. Of a table over epochs they show the last, but for
 :func:`plot_against_epoch`. ``legend=False`` leaves out the names of lines, for panels that share them. The filters
 themselves are in :mod:`analysis.gallery`.
 
@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from gconv.errors import InputError
 from gconv.groups import group
@@ -77,6 +77,37 @@ def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
     axes[0, 0].set_ylabel("explained energy")
     columns = 1 + (len(layers) - 1) // 15
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, ncols=columns)
+    return figure
+
+
+def plot_sensitivity(table: dict[str, Any], *, columns: int = 3) -> Figure:
+    """What replacing one layer alone costs, against the parameters left in it: one panel per layer, one line per form.
+
+    Args:
+        table: ``report.sensitivity`` of a conversion with data.
+        columns: panels side by side.
+    """
+    layers: dict[str, list[dict[str, Any]]] = table["layers"]
+    rows = -(-len(layers) // columns)
+    with sns.axes_style("whitegrid"):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4 * columns, 2.8 * rows), sharey=True, layout="constrained", squeeze=False
+        )
+    forms = list(dict.fromkeys(option["form"] for own in layers.values() for option in own if option["form"]))
+    styles = dict(zip(forms, zip(sns.color_palette("colorblind"), _MARKERS, strict=False), strict=False))
+    for axis, (name, (whole, *options)) in zip(axes.flat, layers.items(), strict=False):
+        for form, (color, marker) in styles.items():
+            own = [option for option in options if option["form"] == form]
+            share = [option["parameters"] / whole["parameters"] for option in own]
+            axis.plot(share, [option["error"] for option in own], marker=marker, ms=4, lw=1, color=color, label=form)
+        axis.set(title=name, yscale="log", xlim=(0, 1.02))
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
+    for axis in axes.flat[len(layers) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error of the scores")
+    figure.supxlabel("parameters left in the layer", fontsize="medium")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
