@@ -77,19 +77,24 @@ def smaller_options(
 
 def option_at(layer: Layer, curve: Sequence[float], form: Form, rank: int, positions: tuple[int, int]) -> Option:
     """A form and rank for a layer, run as the form is by default."""
-    shape, execution = layer.filter_shape, form.default_execution
-    by_map = form.macs_by_map(shape, rank) if execution == "factorized" else (0, layer.dense_macs)
+    execution = form.default_execution
     lost = max(0.0, 1 - curve[rank - 1])
     return Option(
         form.name,
         rank,
         execution,
         curve[rank - 1],
-        form.parameters(shape, rank),
-        _executed(by_map, positions),
+        form.parameters(layer.filter_shape, rank),
+        executed_macs(layer, form, rank, execution, positions),
         lost,
         lost**0.5,
     )
+
+
+def executed_macs(layer: Layer, form: Form, rank: int, execution: str, positions: tuple[int, int]) -> int:
+    """MACs of one image for a layer in a form of a rank, as executed."""
+    factorized = execution == "factorized"
+    return _executed(form.macs_by_map(layer.filter_shape, rank) if factorized else (0, layer.dense_macs), positions)
 
 
 def choose(

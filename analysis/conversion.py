@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from gconv.errors import InputError, one_of
 from gconv.separable import EXECUTIONS, FORMS, Form, check_execution
 from gconv.training import evaluate
 
-from .allocation import Choice, choose, energy_curves, forms_named, smaller_options
+from .allocation import Choice, choose, energy_curves, executed_macs, forms_named, smaller_options
 from .allocators import ALLOCATORS, Option, Problem, allocate, reachable
 from .batchnorm import reestimate_batchnorm
 from .budget import Budget
@@ -114,6 +115,10 @@ def convert(
         raise InputError(f"finetune is {finetune!r}; accepted: a whole number of epochs")
     if finetune and job.train is None:
         raise InputError("fine-tuning needs training images; accepted: data")
+    if resume is not None and not finetune:
+        raise InputError("resume continues fine-tuning; accepted: the arguments of the interrupted call, as they were")
+    job.training = {"epochs": finetune, "seed": seed, "distillation": asdict(distillation)}
+    resume = copy.deepcopy(resume)  # training on would change its tensors
     final = final_stage(job.train, finetune)
     after: Any = job.run(final) if resume is None else job.resumed(resume)
     report = job.report
@@ -181,6 +186,7 @@ class _Job:
     request: dict[str, Any]
     report: ConversionReport
     options: Options | None = None
+    training: dict[str, Any] | None = None
 
     @classmethod
     def checked(
@@ -244,6 +250,7 @@ class _Job:
         )  # fmt: skip
         if sensitivity is not None:
             job.options = from_table(before, sensitivity)
+            _check_measured(sensitivity, forms, outputs)
             job.report.sensitivity = sensitivity
         return job
 
@@ -271,7 +278,8 @@ class _Job:
             shape, error = tuple(layer.weight.shape), errors.get(name)
             row = LayerReport(name, layer.group.name, shape, curves[name], form, rank, plan[name].why, fit_error=error)
             self.report.layers.append(row)
-        if all(row.form is None for row in self.report.layers):
+        converted = any(row.form is not None for row in self.report.layers)
+        if not converted:
             self.report.notes.append("nothing was converted, the layers are as given; a lower budget or one form may")
         self.report.measure_output(self.before, after, self.size, self.seed)
         if final != "converted":
@@ -279,7 +287,8 @@ class _Job:
         if self.train is None:
             self.report.notes.append("batch norm was not re-estimated: no training images were given (--data)")
         else:
-            reestimate_batchnorm(after, self.train.images)
+            if converted:  # else the network stays as it is, to the bit
+                reestimate_batchnorm(after, self.train.images)
             if final != "batch_norm":
                 score(self.report, "batch_norm", after, self.validation, self.test)
         return after
@@ -294,9 +303,13 @@ class _Job:
         try:
             if state["original"] != fingerprint(self.before) or state["request"] != self.request:
                 raise InputError("the interrupted fine-tuning was of another network or another budget")
+            if state["training"] != self.training:
+                raise InputError("the interrupted fine-tuning had other epochs, another seed or another loss")
             apply_choices(after, state["layers"])
             after.load_state_dict(state["state_dict"])
             self.report = ConversionReport.from_dict(state["report"])
+            if len(state["history"]) != state["fit"]["epochs_done"]:
+                raise InputError("the state of the interrupted fine-tuning is inconsistent: an epoch is missing")
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"the state of the interrupted fine-tuning is inconsistent: {error}") from error
         return after.eval()
@@ -312,12 +325,17 @@ class _Job:
         """Fine-tune in place; after every epoch the state goes out."""
         assert self.train is not None
         history: list[dict[str, Any]] = [] if resume is None else list(resume["history"])
-        fixed = {"original": fingerprint(self.before), "request": self.request, "layers": layer_choices(after)}
+        fixed = {
+            "original": fingerprint(self.before),
+            "request": self.request,
+            "training": self.training,
+            "layers": layer_choices(after),
+        }
 
         def keep(row: dict[str, Any], fit_state: dict[str, Any]) -> None:
             history.append(row)
             state = {"report": self.report.to_dict(), "state_dict": after.state_dict(), "fit": fit_state}
-            after_epoch({**fixed, **state, "history": list(history)})
+            after_epoch(copy.deepcopy({**fixed, **state, "history": history}))  # the next epoch changes the tensors
 
         converted = [row.name for row in self.report.layers if row.form is not None]
         recipe = finetune(
@@ -353,9 +371,24 @@ class _Job:
             if self.outputs:
                 assert self.train is not None
                 self.options = measure_options(self.before, self.options, self.train, self.validation, self.seed)
-            self.report.sensitivity = to_table(self.before, self.options)
+            about = {"forms": [form.name for form in self.forms], "minimise": self.request["minimise"]}
+            self.report.sensitivity = {**to_table(self.before, self.options), **about}
         allowed = {form.name for form in self.forms}
-        return {name: (own[0], *(o for o in own[1:] if o.form in allowed)) for name, own in self.options.items()}
+        return {
+            name: (own[0], *(self.as_executed(name, o) for o in own[1:] if o.form in allowed))
+            for name, own in self.options.items()
+        }
+
+    def as_executed(self, name: str, option: Option) -> Option:
+        """The option with the execution that was asked for, and its MACs."""
+        if self.execution == "auto":
+            return option
+        assert option.form is not None and option.rank is not None
+        form, layer = FORMS[option.form], self.layers[name]
+        positions = next(row.positions for row in self.costs.layers if row.name == name)
+        return replace(
+            option, execution=self.execution, macs=executed_macs(layer, form, option.rank, self.execution, positions)
+        )
 
     def plan(self, curves: dict[str, dict[str, list[float]]]) -> Plan:
         """The choice for every layer under a budget for the whole network."""
@@ -372,11 +405,13 @@ class _Job:
         problem = Problem(tuple(options.values()), unit, limit - fixed)
         least = fixed + reachable(problem)
         if least > limit * (1 + 1e-9):
-            shown = f"{least:,.0f}" if unit != "milliseconds" else f"{least:.3f}ms"
-            kind = self.budget.kind
+            # Rounded up, so that what is named will be accepted.
+            ms = "ms" if unit == "milliseconds" else ""
+            shown = f"{math.ceil(least * 1e3) / 1e3:.3f}ms" if ms else f"{least:,.0f}"
             raise InputError(
-                f"{kind} of at most {limit:,.6g} is out of reach with form {self.report.request['form']}; "
-                f"accepted: at least {shown}, or {least / total + 5e-5:.4f} of the network"
+                f"{self.budget.kind} of at most {limit:,.6g}{ms} is out of reach with form "
+                f"{self.report.request['form']}; "
+                f"accepted: at least {shown}, or {min(1.0, least / total + 5e-5):.4f} of the network"
             )
         chosen, why = allocate(problem, self.allocation)
         self.report.request |= {"limit": limit, "allocation_why": why}
@@ -546,14 +581,33 @@ def _as_split(data: Split | Iterable[tuple[Tensor, Tensor]]) -> Split:
     if isinstance(data, Split):
         return data
     batches = list(data) if isinstance(data, Iterable) else []
+    accepted = "a Split, such as Dataset.train, or a loader of batches"
     if not batches:
-        raise InputError("data has no images; accepted: a Split, such as Dataset.train, or a loader of batches")
-    images, labels = zip(*batches, strict=True)
-    return Split(torch.cat(images), torch.cat(labels))
+        raise InputError(f"data has no images; accepted: {accepted}")
+    try:
+        images, labels = zip(*batches, strict=True)
+        return Split(torch.cat(images), torch.cat(labels))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"data has batches that are not images of one size with labels; accepted: {accepted}"
+        ) from error
+
+
+def _check_measured(table: dict[str, Any], forms: tuple[Form, ...], outputs: bool) -> None:
+    """Raises InputError if a table of options lacks a form, or has errors of filters where those of outputs are due."""
+    measured = table.get("forms", list(FORMS))
+    missing = [form.name for form in forms if form.name not in measured]
+    if missing:
+        what = f"sensitivity was measured for form {', '.join(measured)} and not {', '.join(missing)}"
+        raise InputError(f"{what}; accepted: that of a report with form auto")
+    if outputs and table.get("minimise") == "weights":
+        raise InputError("sensitivity is of the filters alone; accepted: that of a report with minimise outputs")
 
 
 def _check_split(model: nn.Module, label: str, split: Split) -> None:
     """Raises InputError unless the network takes the images and has a score for every label."""
+    if not isinstance(split, Split):
+        raise InputError(f"{label} is a {type(split).__name__}; accepted: a Split, such as Dataset.{label}")
     images, labels = split
     if len(images) == 0 or len(images) != len(labels):
         raise InputError(f"{label} has {len(images)} images and {len(labels)} labels; accepted: as many, at least one")
@@ -567,6 +621,9 @@ def _check_split(model: nn.Module, label: str, split: Split) -> None:
         wanted = getattr(model, "input_shape", None)
         accepted = "what the network takes" if wanted is None else f"[N, {', '.join(map(str, wanted))}]"
         raise InputError(f"{label} has images {list(images.shape)}; accepted: {accepted}") from error
+    if labels.dim() != 1 or labels.is_floating_point():
+        what = f"{label} has labels of shape {list(labels.shape)} and type {labels.dtype}"
+        raise InputError(f"{what}; accepted: [N] whole numbers, the number of each image's class")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise InputError(f"{label} has labels from {low} to {high}; accepted: 0 to {classes - 1}")

@@ -85,8 +85,9 @@ def fit(
         moments = moments.centred()
     weight = layer.weight.detach().double()
     problem = _Problem(layer, form, moments, prior, weights)
-    starts = [weight, _whitened(problem, rank)]
-    runs = [problem.descend(*problem.split(start, rank), min(steps, _FIRST_STEPS), tolerance) for start in starts]
+    plain = problem.split(weight, rank)  # first: it checks the rank and the weight
+    starts = [plain, problem.split(_whitened(problem, rank), rank)]
+    runs = [problem.descend(*start, min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
     mix, spatial, more = problem.descend(mix, spatial, steps - len(history) + 1, tolerance)
     filter_ = problem.unframe(problem.product(mix, spatial))
@@ -125,13 +126,12 @@ class _Problem:
         weight = layer.weight.detach().double()
         ridge = prior * moments.second.diagonal().mean()
         power = moments.power + ridge * weight.flatten(1).square().sum(1)
-        tiny = torch.finfo(power.dtype).tiny
         if weights is None:
             # J = sum_o scale_o² J_o: so every channel has the same power.
-            self.scale = power.clamp_min(_FLOOR * power.max()).clamp_min(tiny).rsqrt()
+            self.scale = _floored(power, _FLOOR * power.max()).rsqrt()
         else:
             weights = weights.to(power)
-            self.scale = weights.clamp_min(_LEAST_WEIGHT * weights.mean()).clamp_min(tiny).sqrt()
+            self.scale = _floored(weights, _LEAST_WEIGHT * weights.mean()).sqrt()
         own = form.own_frame
         index = torch.arange(weight[0].numel(), device=weight.device).reshape(1, i, s, k, k)
         self.order = FORMS["g_turned" if own else "g"].fold(index, self.pixels).flatten()
@@ -175,12 +175,12 @@ class _Problem:
         """Alternate at most ``steps`` times; W, D and the objective at the start and after every round."""
         history = [self.objective(self.product(w, d))]
         for _ in range(steps):
-            d_new = self.solve_spatial(w, d)
-            w_new = self.solve_mix(d_new)
+            d_new = self.solve_spatial(w)
+            w_new, d_new = self.balance(self.solve_mix(d_new), d_new)
             value = self.objective(self.product(w_new, d_new))
             if not value < history[-1]:  # rounding at the bottom
                 break
-            w, d = self.balance(w_new, d_new)
+            w, d = w_new, d_new
             history.append(value)
             if history[-2] - value <= tolerance * history[-2]:
                 break
@@ -211,12 +211,12 @@ class _Problem:
         normal = (pairs @ self.by_channels.mT).view(i, i, rank, rank, s, s)
         return normal.permute(0, 2, 4, 1, 3, 5).reshape(i * rank * s, -1)
 
-    def solve_spatial(self, w: Tensor, d: Tensor) -> Tensor:
-        """The best D for this W; the D given says only how it is shared."""
+    def solve_spatial(self, w: Tensor) -> Tensor:
+        """The best D for this W, shared as in the form."""
         i, s, y = self.sizes
         o, _, rank, _ = w.shape
         right = torch.einsum("oirs,oisy->oiry", w, self.cross)
-        if d.shape[0] == 1:  # shared over o, each o weighted by its scale
+        if self.form.planar_axes == "i":  # shared over o, each o weighted by its scale
             scaled = w * self.scale.view(-1, 1, 1, 1)
             gram = torch.einsum("oirs,ojqt->ijrqst", scaled, scaled).reshape(i, i, rank * rank, s * s)
             normal = self._spatial_matrix(gram @ self.by_channels, rank)
@@ -226,7 +226,7 @@ class _Problem:
         for c in range(o):
             pairs = torch.einsum("irs,jqt->ijrqst", w[c], w[c]).reshape(i, i, rank * rank, s * s)
             normal = pairs @ self.by_channels
-            if d.shape[1] == 1:  # shared over i
+            if self.form.planar_axes == "o":  # shared over i
                 matrix = normal.sum((0, 1)).view(rank, rank, y, y).transpose(1, 2).reshape(rank * y, -1)
                 solved.append(_solve(matrix, right[c].sum(0).reshape(-1, 1)).view(1, rank, y))
             else:
@@ -265,6 +265,11 @@ def _whitened(problem: _Problem, rank: int) -> Tensor:
     else:
         filter_ = best.view(o, i, s, y)
     return problem.unframe(filter_.contiguous())
+
+
+def _floored(values: Tensor, least: Tensor) -> Tensor:
+    """The values, none of them below the least; where there is nothing but zeros all one."""
+    return values.clamp_min(least) if least > torch.finfo(values.dtype).tiny else torch.ones_like(values)
 
 
 def _roots(matrices: Tensor) -> tuple[Tensor, Tensor]:

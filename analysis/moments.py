@@ -29,6 +29,7 @@ _BATCH = 250
 _GRADIENT_BATCH = 64
 _BLOCK_BYTES = 2**26
 _MOMENT_BYTES = 2**29
+_ROUNDING = 1e-12  # relative to the power: a variance below this is that of a constant
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Moments:
 
     def centred(self) -> Moments:
         """Covariances in place of second moments: for a layer whose bias takes up any error of the mean."""
+        variance = self.power - self.target.square()
         return Moments(
             self.second - torch.outer(self.mean, self.mean),
             self.cross - torch.outer(self.target, self.mean),
-            (self.power - self.target.square()).clamp_min(0),
+            torch.where(variance > _ROUNDING * self.power, variance, 0),
             self.mean,
             self.target,
         )

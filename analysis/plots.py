@@ -28,6 +28,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from gconv.errors import InputError
 from gconv.groups import group
+from gconv.separable import FORMS
 
 from .irreps import irreps
 from .table import NETWORK, Redundancy
@@ -60,11 +61,15 @@ def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
     """
     forms = list(layers[0]["explained_energy"])
     colors = sns.color_palette("viridis", len(layers))
+    columns = min(len(forms), 3)
+    rows = -(-len(forms) // columns)
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
-            1, len(forms), figsize=(4 * len(forms), 3.6), sharey=True, layout="constrained", squeeze=False
+            rows, columns, figsize=(4 * columns, 3.6 * rows), sharey=True, layout="constrained", squeeze=False
         )
-    for axis, form in zip(axes[0], forms, strict=True):
+    for axis in axes.flat[len(forms) :]:
+        axis.remove()
+    for axis, form in zip(axes.flat, forms, strict=False):
         for layer, color in zip(layers, colors, strict=True):
             kept = layer["explained_energy"][form]
             ranks = np.arange(1, len(kept) + 1)
@@ -74,7 +79,8 @@ def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
         axis.axhline(0.95, color="0.4", lw=0.8, ls=":")
         axis.set(title=f"form {form}", xlabel="rank", ylim=(0, 1.03))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set_ylabel("explained energy")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("explained energy")
     columns = 1 + (len(layers) - 1) // 15
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, ncols=columns)
     return figure
@@ -93,11 +99,11 @@ def plot_sensitivity(table: dict[str, Any], *, columns: int = 3) -> Figure:
         figure, axes = plt.subplots(
             rows, columns, figsize=(4 * columns, 2.8 * rows), sharey=True, layout="constrained", squeeze=False
         )
-    forms = list(dict.fromkeys(option["form"] for own in layers.values() for option in own if option["form"]))
-    styles = dict(zip(forms, zip(sns.color_palette("colorblind"), _MARKERS, strict=False), strict=False))
+    styles = dict(zip(FORMS, zip(sns.color_palette("colorblind"), _MARKERS, strict=False), strict=False))
+    used = {option["form"] for own in layers.values() for option in own}
     for axis, (name, (whole, *options)) in zip(axes.flat, layers.items(), strict=False):
-        for form, (color, marker) in styles.items():
-            own = [option for option in options if option["form"] == form]
+        for form in (form for form in styles if form in used):
+            own, (color, marker) = [option for option in options if option["form"] == form], styles[form]
             share = [option["parameters"] / whole["parameters"] for option in own]
             axis.plot(share, [option["error"] for option in own], marker=marker, ms=4, lw=1, color=color, label=form)
         axis.set(title=name, yscale="log", xlim=(0, 1.02))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pooch
 from numpy.typing import NDArray
 
 from .errors import InputError, one_of
@@ -233,6 +232,8 @@ DATASETS: dict[str, Source] = {
 
 def _fetch(dataset: str, url: str, md5: str, progress: bool) -> Path:
     """The file of that address, with that md5: from ``GCONV_DATA``, else from the cache, else downloaded into it."""
+    import pooch  # here, as it brings a progress bar that warns in notebooks without widgets
+
     file = url.rpartition("/")[2]
     for path in _given(dataset, file):
         if pooch.file_hash(str(path), alg="md5") == md5:
@@ -257,6 +258,8 @@ def _given(dataset: str, file: str) -> Iterator[Path]:
 
 
 def _cache() -> Path:
+    import pooch
+
     return Path(os.environ.get("GCONV_CACHE") or pooch.os_cache("gconv"))
 
 

@@ -4,13 +4,14 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import analysis
 import gconv
 from analysis.screen import _change
-from benchmarks import plain_conversion
+from benchmarks import conversion, plain_conversion
 from gconv.catalog import table
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +36,10 @@ def test_checkpoint_table_is_what_the_catalog_prints() -> None:
     assert table(sorted(map(str, (ROOT / "checkpoints").glob("*.pt")))) in README
 
 
-def test_conversion_table_is_made_from_the_records() -> None:
-    assert plain_conversion.table() in README
+@pytest.mark.parametrize("made", [plain_conversion, conversion], ids=lambda module: module.__name__)
+def test_conversion_tables_are_made_from_the_records(made: ModuleType) -> None:
+    assert made.table().count("\n") > 3
+    assert made.table() in README
 
 
 def test_demo_block_is_what_the_demo_measures() -> None:
@@ -44,7 +47,8 @@ def test_demo_block_is_what_the_demo_measures() -> None:
     data = gconv.load_dataset("rotdigits")
     _, report = analysis.convert(net, rank=2, data=data.train_and_validation, test=data.test)
     assert f"parameters {_change(*report.parameters)}" in README
-    assert f"MACs published {_change(*report.macs_published)}, as executed {_change(*report.macs_executed)}" in README
+    # As executed depends on the machine: what is faster is measured.
+    assert f"MACs published {_change(*report.macs_published)}, as executed …" in README
     shown = {"before": "the network as given", "converted": "converted", "batch_norm": "batch norm re-estimated"}
     for stage, text in shown.items():
         (line,) = (line for line in README.splitlines() if line.strip().startswith(f"{text}  "))

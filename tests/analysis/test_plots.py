@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from analysis.plots import plot_spectra
+from analysis.plots import plot_sensitivity, plot_spectra
 
 FORMS = {"g": 4, "gc": 9, "gc_in": 9}
 
@@ -81,3 +81,28 @@ def test_layers_are_told_apart_and_other_figures_keep_their_style():
     _, curves, _ = next(panels(plot_spectra(rows(6))))
     assert len({curve.get_color() for curve in curves}) == 6
     assert dict(plt.rcParams) == before
+
+
+def test_five_forms_stand_in_two_rows_and_nothing_is_left_empty():
+    forms = ("g", "gc", "gc_in", "g_turned", "gc_turned")
+    layers = [{"name": "conv2", "explained_energy": {form: [0.5, 1.0] for form in forms}, "form": "g", "rank": 1}]
+    figure = plot_spectra(layers)
+    assert [axis.get_title() for axis in figure.axes] == [f"form {form}" for form in forms]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["explained energy", "", "", "explained energy", ""]
+
+
+def test_sensitivity_is_drawn_as_it_was_measured():
+    whole = {"form": None, "parameters": 100, "error": 0.0}
+    curves = {"gc_in": [(20, 1e-2), (40, 1e-3)], "g": [(30, 2e-2)]}
+    options = [{"form": form, "parameters": p, "error": e} for form, curve in curves.items() for p, e in curve]
+    table = {"layers": {"conv2": [whole, *options], "conv3": [whole], "conv4": [whole], "conv5": [whole, options[0]]}}
+    figure = plot_sensitivity(table)
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == ["conv2", "conv3", "conv4", "conv5"]
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()} for axis in shown]
+    assert drawn[0] == {"g": [[0.3, 2e-2]], "gc_in": [[0.2, 1e-2], [0.4, 1e-3]]}
+    assert drawn[3] == {"g": [], "gc_in": [[0.2, 1e-2]]}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["g", "gc_in"]
+    colours = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in shown]
+    assert all(colour == colours[0] for colour in colours)
