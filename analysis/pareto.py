@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 ERRORS = {
     "validation_error": "validation error (%)",
     "test_error": "test error (%)",
     "output_error": "relative error of the class scores",
 }
-_NAMES = {
-    "parameters": "parameters",
-    "macs_executed": "multiply-accumulates of an image, as executed",
-    "latency_share": "latency, relative to the original",
+_COSTS = {
+    "parameters": ("parameters", EngFormatter(sep="")),
+    "macs_executed": ("multiply-accumulates of an image, as executed", EngFormatter(sep="")),
+    "latency_share": ("latency, relative to the original", PercentFormatter(1, decimals=0)),
 }
-_COUNT = EngFormatter(sep="")
-_FORMATS: dict[str, Callable[..., str]] = {
-    "parameters": _COUNT,
-    "macs_executed": _COUNT,
-    "latency_share": lambda x, _=None: f"{100 * x:.3g} %",
-}
-_TICKS = (1, 1.5, 2, 3, 5, 7)  # of every power of ten
+_LABEL = 8  # points
 
 
 def plot_pareto(rows: Sequence[dict[str, Any]], error: str) -> Figure:
@@ -39,32 +33,43 @@ def plot_pareto(rows: Sequence[dict[str, Any]], error: str) -> Figure:
     """
     found = [row for row in rows if row["out_of_reach"] is None]
     with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(1, len(_NAMES), figsize=(4.2 * len(_NAMES), 4), sharey=True, layout="constrained")
-    for axis, cost in zip(axes, _NAMES, strict=True):
+        figure, axes = plt.subplots(1, len(_COSTS), figsize=(4.2 * len(_COSTS), 4), sharey=True, layout="constrained")
+    for axis, cost in zip(axes, _COSTS, strict=True):
         _panel(axis, found, cost, error)
+    axes[0].margins(y=0.12)
     axes[0].set_ylabel(ERRORS[error])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.draw_without_rendering()  # settles where the points are
+    for axis, cost in zip(axes, _COSTS, strict=True):
+        _name_points(axis, found[1:], cost, error)
     return figure
 
 
 def _panel(axis: Axes, rows: Sequence[dict[str, Any]], cost: str, error: str) -> None:
-    front, others, line = sns.color_palette("colorblind")[0], "0.6", "0.75"
+    front, others, line = sns.color_palette("colorblind")[0], "0.6", "0.5"
     original, *converted = rows
-    axis.axhline(original[error], color=line, lw=0.8, ls=":", zorder=1)
+    axis.axhline(original[error], color=line, lw=0.8, ls="--", zorder=1)
     on_front = sorted((row for row in rows if row["pareto"][cost]), key=lambda row: (row[cost], -row[error]))
     axis.plot([r[cost] for r in on_front], [r[error] for r in on_front], color=front, lw=1.2, label="Pareto front")
     for label, color, wanted in (("converted, on the front", front, True), ("converted", others, False)):
         chosen = [row for row in converted if row["pareto"][cost] is wanted]
-        axis.plot([r[cost] for r in chosen], [r[error] for r in chosen], "o", ms=6, color=color, label=label)
+        axis.plot([r[cost] for r in chosen], [r[error] for r in chosen], "o", ms=6, color=color, label=label, zorder=4)
+    # Below the points: one that costs as much as the original must not be hidden by it.
     axis.plot(original[cost], original[error], "*", ms=13, color="black", label="original", zorder=3)
-    for row in converted:
-        axis.annotate(
-            str(row["requested"]), (row[cost], row[error]), (0, 6), textcoords="offset points", ha="center", size=8,
-            color="0.3",
-        )  # fmt: skip
-    axis.set(xscale="log", xlabel=_NAMES[cost])
-    axis.margins(0.1, 0.12)
-    axis.xaxis.set_major_locator(LogLocator(subs=_TICKS))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(_FORMATS[cost]))
+    name, formatter = _COSTS[cost]
+    axis.set(xlabel=name, xlim=(0, 1.18 * max(row[cost] for row in rows)))
+    axis.xaxis.set_major_formatter(formatter)
+
+
+def _name_points(axis: Axes, rows: Sequence[dict[str, Any]], cost: str, error: str) -> None:
+    """Write its budget above and to the right of each point, where the front does not run; one above the other."""
+    points = 72 / axis.figure.dpi
+    taken: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: row[error]):
+        x, y = points * axis.transData.transform((row[cost], row[error]))
+        text, rise = str(row["requested"]), 3.0
+        while any(abs(x - other) < 5 * len(text) and abs(y + rise - height) < 1.2 * _LABEL for other, height in taken):
+            rise += 1
+        taken.append((x, y + rise))
+        axis.annotate(text, (row[cost], row[error]), (4, rise), textcoords="offset points", size=_LABEL, color="0.3")

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -32,13 +31,13 @@ BUDGETS = (0.15, 0.2, 0.3, 0.4, 0.6)
 COSTS = ("parameters", "macs_executed", "latency_share")
 ERRORS = ("validation_error", "test_error", "output_error")
 FILES = ("sweep.json", "sweep.csv", "sweep.png")
-_IDENTITY = ("network", "data", "options", "environment")  # what a sweep is continued with
 _COLUMNS = (
     "requested", "out_of_reach", "parameters", "macs_published", "macs_executed", "latency_ms_before",
     "latency_ms_after", "latency_share", "memory_bytes", "equivariance_error", "output_error", "validation_error",
     "test_error", "layers", "seconds",
 )  # fmt: skip
 _WIDTH_ELSEWHERE = 160  # columns where there is no terminal
+_WIDE = 150  # columns from which the whole table is shown
 
 Row = dict[str, Any]
 
@@ -105,6 +104,7 @@ def sweep(
             be written.
     """
     wanted = _budgets(unit, budgets)
+    requested = [_requested(budget) for budget in wanted]
 
     from gconv.training import environment
 
@@ -118,15 +118,14 @@ def sweep(
     }  # fmt: skip
     splits: dict[str, Any] = {"data": data, "validation": validation, "test": test}
     # Checks everything that does not depend on the budget, before anything slow.
-    job = _Job.checked(
-        model, budget=wanted[0], sensitivity=None, input_shape=input_shape, **settings, **splits
-    )  # fmt: skip
+    job = _Job.checked(model, budget=wanted[0], sensitivity=None, input_shape=input_shape, **settings, **splits)
+    settings["input_shape"] = list(job.size)
     device = next(model.parameters()).device
     document: dict[str, Any] = {
         **(about or {}),
         "network": fingerprint(job.before),
         "data": {name: None if split is None else _digest(split) for name, split in splits.items()},
-        "options": {"unit": unit, "budgets": [_requested(budget) for budget in wanted], **settings},
+        "options": {"unit": unit, "budgets": requested, **settings},
         "environment": {**environment(device), "machine": machine(device)},
         "error": None,
         "sensitivity": None,
@@ -137,11 +136,11 @@ def sweep(
     rows: list[Row] = document["rows"]
     done = len(rows)
     if done:
-        say(f"{paths['sweep.json']} has {done} of {len(wanted) + 1} rows already, they are not computed again")
+        say(f"{paths['sweep.json']} has {done} of {len(requested) + 1} rows already, they are not computed again")
 
     from tqdm import tqdm
 
-    with tqdm(total=len(wanted) + 1, initial=done, desc="sweeping", unit="row", disable=None, leave=False) as bar:
+    with tqdm(total=len(requested) + 1, initial=done, desc="sweeping", unit="row", disable=None, leave=False) as bar:
 
         def add(row: Row, began: float) -> None:
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
@@ -156,25 +155,18 @@ def sweep(
             job.measured({name: energy_curves(layer) for name, layer in job.layers.items()})
             document["sensitivity"] = job.report.sensitivity
             add(_original(job.report), began)
-        for budget in wanted[len(rows) - 1 :]:
+        for budget in requested[len(rows) - 1 :]:
             began = time.perf_counter()
-            requested = _requested(budget)
-            bar.set_postfix_str(f"{unit} {requested}")
+            bar.set_postfix_str(f"{unit} {budget}")
+            arguments = {unit: budget, "sensitivity": document["sensitivity"], **settings, **splits}
             try:
-                _, report = convert(
-                    model,
-                    **{unit: requested},
-                    sensitivity=document["sensitivity"],
-                    input_shape=input_shape,
-                    **settings,
-                    **splits,
-                )
+                _, report = convert(model, **arguments)
             except InputError as error:
-                row: Row = {**dict.fromkeys(_COLUMNS), "requested": requested, "out_of_reach": str(error)}
+                row: Row = {**dict.fromkeys(_COLUMNS), "requested": budget, "out_of_reach": str(error)}
             else:
-                row = _row(report, requested, final_stage(data, 0))
+                row = _row(report, budget, final_stage(data, 0))
             add(row, began)
-    _write_all(paths, document)
+    _write_tables(paths, document)
     return rows
 
 
@@ -281,22 +273,31 @@ def _started(paths: dict[str, Path], document: dict[str, Any], *, force: bool) -
     accepted = "accepted: another --out, or --force to replace it"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row["requested"] for row in found["rows"]]
-        given = {key: found[key] for key in (*_IDENTITY, "sensitivity")}
+        same_network = found["network"] == document["network"]
+        same_images = found["data"] == document["data"]
+        others = [
+            f"{name} {_text(found[key].get(name))}, not {_text(value)}"
+            for key in ("options", "environment")
+            for name, value in document[key].items()
+            if found[key].get(name) != value
+        ]
+        asked = [None, *found["options"]["budgets"]]
+        whole = [row["requested"] for row in found["rows"]] == asked[: len(found["rows"]) or 1] and all(
+            key in row for row in found["rows"] for key in (*_COLUMNS, "pareto")
+        )
+        found["sensitivity"]["layers"]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not the file of a sweep; {accepted}") from error
-    if given["network"] != document["network"]:
-        raise InputError(f"{path} is of another network; {accepted}")
-    for key in _IDENTITY[1:]:
-        for name, value in document[key].items():
-            old = given[key].get(name)
-            if old != value:
-                what = "other images" if key == "data" else f"{name} {_text(old)}, not {_text(value)}"
-                raise InputError(f"{path} is of {'a sweep with ' if key != 'data' else ''}{what}; {accepted}")
-    if rows != [None, *document["options"]["budgets"]][: len(rows)] or not rows:
+    if not whole:
         raise InputError(f"{path} is not the file of a sweep; {accepted}")
+    if not same_network:
+        raise InputError(f"{path} is of another network; {accepted}")
+    if not same_images:
+        raise InputError(f"{path} is of other images; {accepted}")
+    if others:
+        raise InputError(f"{path} is of a sweep with {others[0]}; {accepted}")
     return {**document, **found}
 
 
@@ -304,26 +305,18 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _json(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
-
-
 def _write_json(paths: dict[str, Path], document: dict[str, Any]) -> None:
     from gconv.files import atomic_path
 
     if paths:
         with atomic_path(paths["sweep.json"]) as path:
-            path.write_text(_json(document), encoding="utf-8")
+            path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_all(paths: dict[str, Path], document: dict[str, Any]) -> None:
-    """Write the three results, all or none."""
+def _write_tables(paths: dict[str, Path], document: dict[str, Any]) -> None:
+    """Write what is drawn from sweep.json, both or none."""
     if not paths:
         return
-    import matplotlib
-
-    matplotlib.use("agg")
-
     from matplotlib import pyplot as plt
 
     from gconv.files import atomic_path
@@ -331,12 +324,10 @@ def _write_all(paths: dict[str, Path], document: dict[str, Any]) -> None:
     from .pareto import plot_pareto
 
     figure = plot_pareto(document["rows"], document["error"])
-    with ExitStack() as together:
-        files = {name: together.enter_context(atomic_path(path)) for name, path in paths.items()}
-        files["sweep.json"].write_text(_json(document), encoding="utf-8")
-        with files["sweep.csv"].open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(paths["sweep.csv"]) as table, atomic_path(paths["sweep.png"]) as picture:
+        with table.open("w", encoding="utf-8", newline="") as file:
             _write_csv(document["rows"], file)
-        figure.savefig(files["sweep.png"], dpi=150)
+        figure.savefig(picture, dpi=150)
     plt.close(figure)
 
 
@@ -406,11 +397,14 @@ def _command(args: argparse.Namespace) -> None:
     budgets: Sequence[float | str] = BUDGETS if given is None else given.split(",")
     _budgets(unit, budgets)
 
+    import matplotlib
+
     from gconv import checkpoint
     from gconv.training import pick_device
 
     from .decompose import _data
 
+    matplotlib.use("agg")
     device = pick_device(args.device)
     source = checkpoint.read(args.checkpoint)
     out = Path(args.out or f"{Path(args.checkpoint).stem}-sweep")
@@ -448,7 +442,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def print_sweep(rows: Sequence[Row], unit: str, *, file: IO[str]) -> None:
-    """Print a line for each row, and what is out of reach.
+    """Print a line for each row, and what is out of reach; all columns only where there is room for them.
 
     Args:
         rows: of :func:`sweep`.
@@ -459,49 +453,49 @@ def print_sweep(rows: Sequence[Row], unit: str, *, file: IO[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(unit)
-    errors = [name for name in ERRORS if rows[0][name] is not None]
-    headings = ("parameters", "MACs published", "MACs executed", "ms", "memory", "equivariance\nerror")
-    for heading in (*headings, *(name.replace("_", "\n") for name in errors)):
-        table.add_column(heading, justify="right")
-    for heading in ("Pareto front in", "layers"):
-        table.add_column(heading)
-    original = rows[0]
-    for row in rows:
-        name = "original" if row["requested"] is None else str(row["requested"])
-        if row["out_of_reach"] is None:
-            table.add_row(name, *_cells(row, original, errors))
-        else:
-            table.add_row(name, "out of reach")
     console = Console(file=file, width=None if file.isatty() else _WIDTH_ELSEWHERE, highlight=False, markup=False)
+    errors = [name for name in ERRORS if rows[0][name] is not None]
+    cells = [_cells(row, rows[0], errors, wide=console.width >= _WIDE) for row in rows]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    table.add_column(unit)
+    for heading in cells[0]:
+        table.add_column(heading, justify="left" if heading == "layers" else "right")
+    for row, shown in zip(rows, cells, strict=True):
+        table.add_row("original" if row["requested"] is None else str(row["requested"]), *shown.values())
     console.print(table)
+    console.print(f"\n*: on the Pareto front of {errors[0].replace('_', ' ')} against this")
     for row in rows:
         if row["out_of_reach"] is not None:
             console.print(f"{unit} {row['requested']}: {row['out_of_reach']}")
 
 
-def _cells(row: Row, original: Row, errors: Sequence[str]) -> list[str]:
-    share = f"{row['parameters'] / original['parameters']:.0%}"
-    macs = f"{row['macs_executed'] / original['macs_executed']:.0%}"
-    return [
-        f"{row['parameters']:,} ({share})",
-        f"{row['macs_published'] / 1e6:.2f}M",
-        f"{row['macs_executed'] / 1e6:.2f}M ({macs})",
-        f"{row['latency_ms_after']:.2f} ({row['latency_share']:.0%})",
-        f"{row['memory_bytes'] / 2**20:.2f} MiB",
-        f"{row['equivariance_error']:.0e}",
-        *(f"{row[name]:.3g}" if name == "output_error" else f"{row[name]:.2f} %" for name in errors),
-        ", ".join(name for name, cost in _SHORT.items() if row["pareto"][cost]),
-        ", ".join(f"{count} {form or 'unchanged'}" for form, count in _forms(row)),
-    ]
+def _cells(row: Row, original: Row, errors: Sequence[str], *, wide: bool) -> dict[str, str]:
+    """What is shown of a row, by heading."""
+    if row["out_of_reach"] is not None:
+        return {"parameters": "out of reach"}
+    from .screen import _short
 
+    def cost(name: str, text: str) -> str:
+        return f"{text} {row[name] / original[name]:.0%}{'*' if row['pareto'][name] else ' '}"
 
-_SHORT = {"parameters": "parameters", "MACs": "macs_executed", "latency": "latency_share"}
-
-
-def _forms(row: Row) -> list[tuple[str | None, int]]:
-    return Counter(layer["form"] for layer in row["layers"].values()).most_common()
+    cells = {
+        "parameters": cost("parameters", _short(row["parameters"])),
+        "MACs executed": cost("macs_executed", _short(row["macs_executed"])),
+        "ms": cost("latency_share", f"{row['latency_ms_after']:.2f}"),
+        **{
+            name.replace("_", "\n"): f"{row[name]:.3g}" if name == "output_error" else f"{row[name]:.2f} %"
+            for name in errors
+        },
+    }
+    if wide:
+        forms = Counter(layer["form"] or "unchanged" for layer in row["layers"].values())
+        cells |= {
+            "MACs published": _short(row["macs_published"]),
+            "memory": f"{row['memory_bytes'] / 2**20:.2f} MiB",
+            "equivariance\nerror": f"{row['equivariance_error']:.0e}",
+            "layers": ", ".join(f"{count} {form}" for form, count in forms.most_common()),
+        }
+    return cells
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def texts(cell):
 
 def execute(notebook, directory, folder):
     """Run in a copy of what the repository ships, with Jupyter's files, and the kernel, kept to the copy."""
-    shutil.copytree(ROOT / "checkpoints", folder / "checkpoints")
+    for name in ("checkpoints", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name)
     (folder / "notebooks").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
@@ -62,7 +63,7 @@ def stored_and_executed(request, tmp_path_factory):
 
 
 def test_there_is_a_notebook():
-    assert [path.name for path in NOTEBOOKS] == ["redundancy.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["conversion.ipynb", "redundancy.ipynb"]
 
 
 def test_running_it_gives_what_is_stored(stored_and_executed):
@@ -72,7 +73,9 @@ def test_running_it_gives_what_is_stored(stored_and_executed):
         for before, after in zip(texts(old), texts(new), strict=True):
             assert NUMBER.sub("#", before).split() == NUMBER.sub("#", after).split()
             numbers = [[float(number) for number in NUMBER.findall(text)] for text in (before, after)]
-            assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
+            # Of 600 images a few lie so near a decision boundary that another processor's rounding may turn them.
+            classified = "test error" in before or "test_error" in before or "converted" in before
+            assert numbers[0] == pytest.approx(numbers[1], abs=1 if classified else 2e-3)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -12,9 +12,10 @@ from analysis.moments import Moments
 from gconv import FORMS, GConv2d, InputError, SeparableGConv2d
 
 never = st.just(False)
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=8, deadline=None)
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 LEAST_WEIGHT = 1e-2
+SINGULAR = ("few", "dead", "mute", "constant", "none", "zero")
 
 
 def close(a, b, tolerance=1e-9):
@@ -146,8 +147,8 @@ def alternated(form, layer, patches, outputs, start, rank, steps):
     target = (scale * wanted.mT).flatten()
 
     def best(function, like):
-        matrix = torch.autograd.functional.jacobian(function, like).flatten(1)
-        matrix = matrix.view(len(target), -1)
+        units = torch.eye(like.numel(), dtype=torch.float64)
+        matrix = torch.stack([function(unit.view(like.shape)) for unit in units], 1)  # it is linear
         return torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution.view(like.shape)
 
     mix, spatial = form.factor(start.view(layer.weight.shape), rank, layer.tables.pixels)
@@ -459,12 +460,12 @@ def test_weights_matter_only_where_channels_share_kernels(name, layer, data):
     moments = moments_of(patches, outputs)
     together = fit(layer, form, rank, moments, steps=0)
     alone = [fit(layer, form, rank, moments, weights=w, steps=0) for w in torch.eye(layer.out_channels)]
-    starts = [fitted_filter(layer, form, result) for result in (together, *alone)]
     plain = truncated(form, layer, rank)
-    # Which start is taken depends on the weights, and is the same for all channels; what it is does not.
-    others = [start for start in starts if (start - plain).abs().max() > 1e-7]
-    for start in others:
-        close(start, others[0], 1e-6)
+    # The weights decide which of the two starts is taken, not what it is.
+    starts = [fitted_filter(layer, form, result) for result in (together, *alone)]
+    whitened_ones = [start for start in starts if (start - plain).abs().max() > 1e-7]
+    for start in whitened_ones:
+        close(start, whitened_ones[0], 1e-6)
 
 
 def test_a_channel_that_costs_more_is_fitted_better():
@@ -487,8 +488,8 @@ def test_a_channel_that_costs_more_is_fitted_better():
 
 @every_form
 @pytest.mark.parametrize("prior", [0.0, PRIOR])
-@few
-@given(layer=layers(bias=st.booleans()), data=st.data(), case=st.sampled_from(["few", "dead", "mute", "constant", "none", "zero"]))
+@settings(max_examples=20, deadline=None)
+@given(layer=layers(bias=st.booleans()), data=st.data(), case=st.sampled_from(SINGULAR))
 def test_singular_moments_give_finite_results(form, prior, layer, data, case):
     with torch.no_grad():
         layer.weight.mul_(data.draw(st.sampled_from([1.0, 100.0])))
