@@ -60,14 +60,16 @@ def _rank(kind: str, value: object) -> Budget:
 
 
 def _energy(kind: str, value: object) -> Budget:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+    number = None if isinstance(value, str) else _number(value, {})
+    if number is None or not 0 < number <= 1:
         raise InputError(f"energy is {value!r}; accepted: a share above 0 and up to 1, such as 0.95")
-    return Budget(kind, float(value))
+    return Budget(kind, number)
 
 
 def _count(kind: str, value: object) -> Budget:
     number = _number(value, _UNITS)
-    if number is None or number <= 0 or (number > 1 and number != int(number)):
+    unit = isinstance(value, str) and value.strip().lower()[-1:] in _UNITS
+    if number is None or number <= 0 or (number > 1 and number != int(number)) or (number <= 1 and unit):
         raise InputError(f"{kind} is {value!r}; accepted: {_COUNT}")
     # 1 is the whole network, not one parameter; a whole number may carry a unit, as in 8.9k.
     return Budget(kind, number if number <= 1 else int(number), fraction=number <= 1)
@@ -95,13 +97,16 @@ def _number(value: object, units: dict[str, int]) -> float | None:
         text = value.strip().lower()
         if text[-1:] in units:
             text, unit = text[:-1], units[text[-1]]
-        try:
-            value = float(text)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        value = text
+    elif isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return round(float(value) * unit, 6) if unit > 1 else float(value)
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number):
+        return None
+    return round(number * unit, 6) if unit > 1 else number
 
 
 _CHECKS = {

@@ -28,7 +28,7 @@ from .finetuning import Distillation, finetune
 from .fitting import fit
 from .moments import channel_weights, collect_moments, passes
 from .report import ConversionReport, LayerReport, random_images
-from .sensitivity import Options, fingerprint, from_table, measure_options, to_table
+from .sensitivity import Options, fingerprint, from_table, measurable, measure_options, to_table
 
 Network = TypeVar("Network", bound=nn.Module)
 MINIMISE = ("auto", "weights", "outputs")
@@ -368,7 +368,11 @@ class _Job:
                 name: smaller_options(layer, curves[name], self.forms, positions[name])
                 for name, layer in self.layers.items()
             }
-            if self.outputs:
+            if self.outputs and not measurable(self.before, self.options):
+                self.report.notes.append(
+                    "options were compared by the energy of their filters: fitting each of them would take too long"
+                )
+            elif self.outputs:
                 assert self.train is not None
                 self.options = measure_options(self.before, self.options, self.train, self.validation, self.seed)
             about = {"forms": [form.name for form in self.forms], "minimise": self.request["minimise"]}

@@ -29,6 +29,8 @@ _BATCH = 250
 _GRADIENT_BATCH = 64
 _BLOCK_BYTES = 2**26
 _MOMENT_BYTES = 2**29
+_WORK = 7.2e14  # patches times (entries of a patch)³, beyond which fewer are looked at
+_AT_LEAST = 3  # patches for each entry; the average over the orbit is worth as many again for each element
 _ROUNDING = 1e-12  # relative to the power: a variance below this is that of a constant
 
 
@@ -74,6 +76,10 @@ class _Sums:
         self.power = _zeros(self.outputs, device=device)
         self.mean = _zeros(self.n, device=device)
         self.target = _zeros(self.outputs, device=device)
+
+    def enough(self, patches: int) -> float:
+        """How many of the patches to look at: fewer where they are large, but never too few for their second moment."""
+        return min(patches, max(_AT_LEAST * self.n, _WORK / self.n**3))
 
     def add(self, x: Tensor, y: Tensor, share: float, generator: torch.Generator) -> None:
         """Add this share of the patches of inputs ``[N, I, S, H, W]`` with outputs ``[N, O, S, H', W']``."""
@@ -140,7 +146,7 @@ def collect_moments(
         names: group-to-group layers, in the order in which they run.
         images: ``[N, C, H, W]``.
         seed: of the choice of patches where a layer has more than ``patches``.
-        patches: how many to look at, about.
+        patches: how many to look at, about; fewer where a patch has more than some 2,000 entries.
     """
     like = next(original.parameters())
     sums = {name: _Sums(original.get_submodule(name), like.device) for name in names}  # type: ignore[arg-type]
@@ -153,7 +159,7 @@ def collect_moments(
             _run_with_hooks(converted, names, inputs, None, batch)
             _run_with_hooks(original, names, None, outputs, batch)
             for name, layer in sums.items():
-                share = patches / (len(images) * outputs[name].shape[-2:].numel())
+                share = layer.enough(patches) / (len(images) * outputs[name].shape[-2:].numel())
                 layer.add(inputs.pop(name), outputs.pop(name), share, generator)
     return {name: layer.averaged() for name, layer in sums.items()}
 
@@ -171,9 +177,9 @@ def _run_with_hooks(
 
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
             if inputs is not None:
-                inputs[name] = given[0]
+                inputs[name] = given[0].clone()  # what follows may change it in place
             if outputs is not None:
-                outputs[name] = output
+                outputs[name] = output.clone()
             if name == names[-1]:
                 raise _Reached
 
@@ -207,8 +213,9 @@ def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, s
     hooks = []
     for name in names:
 
-        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
             outputs[name] = output
+            return output.clone()  # for what follows, which may change it in place
 
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
     try:

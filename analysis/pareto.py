@@ -58,7 +58,7 @@ def _panel(axis: Axes, rows: Sequence[dict[str, Any]], cost: str, error: str) ->
     # Below the points: one that costs as much as the original must not be hidden by it.
     axis.plot(original[cost], original[error], "*", ms=13, color="black", label="original", zorder=3)
     name, formatter = _COSTS[cost]
-    axis.set(xlabel=name, xlim=(0, 1.18 * max(row[cost] for row in rows)))
+    axis.set(xlabel=name, xlim=(0, 1.25 * max(row[cost] for row in rows)))
     axis.xaxis.set_major_formatter(formatter)
 
 

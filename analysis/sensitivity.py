@@ -36,7 +36,20 @@ _PROBES = 500  # images that are classified for every option
 _STEPS = 12  # of alternating least squares: enough to rank the options
 _SECONDS = 180.0  # more than that of classifying is not done; the layers' own errors have to do
 
+_WORK = 2e12  # options times (entries of a patch)³: some minutes; a p4m-ResNet44 has ten times as much
+
 Options = dict[str, tuple[Option, ...]]
+
+
+def measurable(model: nn.Module, options: Options) -> bool:
+    """Whether fitting every option of every layer is a matter of minutes."""
+    work = 0
+    for name, own in options.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, (GConv2d, SeparableGConv2d))
+        _, i, s, k = layer.filter_shape
+        work += len(own) * (i * s * k * k) ** 3
+    return work <= _WORK
 
 
 def measure_options(model: nn.Module, options: Options, data: Split, probes: Split | None, seed: int) -> Options:
@@ -142,7 +155,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # As bytes: NumPy does not know every type of PyTorch.
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

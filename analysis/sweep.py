@@ -480,8 +480,8 @@ def _cells(row: Row, original: Row, errors: Sequence[str], *, wide: bool) -> dic
 
     cells = {
         "parameters": cost("parameters", _short(row["parameters"])),
-        "MACs executed": cost("macs_executed", _short(row["macs_executed"])),
-        "ms": cost("latency_share", f"{row['latency_ms_after']:.2f}"),
+        "MACs\nexecuted": cost("macs_executed", _short(row["macs_executed"])),
+        "ms": cost("latency_share", f"{row['latency_ms_after']:.4g}"),
         **{
             name.replace("_", "\n"): f"{row[name]:.3g}" if name == "output_error" else f"{row[name]:.2f} %"
             for name in errors
@@ -490,7 +490,7 @@ def _cells(row: Row, original: Row, errors: Sequence[str], *, wide: bool) -> dic
     if wide:
         forms = Counter(layer["form"] or "unchanged" for layer in row["layers"].values())
         cells |= {
-            "MACs published": _short(row["macs_published"]),
+            "MACs\npublished": _short(row["macs_published"]),
             "memory": f"{row['memory_bytes'] / 2**20:.2f} MiB",
             "equivariance\nerror": f"{row['equivariance_error']:.0e}",
             "layers": ", ".join(f"{count} {form}" for form, count in forms.most_common()),

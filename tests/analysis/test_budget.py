@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from fractions import Fraction
 
 import numpy as np
@@ -21,7 +20,7 @@ WHOLE = "a whole number of at least 1"
 POINTS = "points of accuracy above 0 and below 100, such as 0.5"
 ACCEPTED = {"rank": WHOLE, "energy": SHARE, "params": COUNT, "macs": COUNT, "latency": TIME, "max_drop": POINTS}
 # Refused by every kind.
-NEVER = [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "nan", "inf", "", " ", "abc", "-1", "1,5", "5%", 10**400]
+NEVER = [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "nan", "inf", "", " ", "abc", "-1", "1,5", "5%"]
 NEVER += [[], [1], {}, 1j, b"1", np.bool_(True), "0x10", "ms", "k", "1kk", "1e999"]
 
 every_kind = pytest.mark.parametrize("kind", BUDGETS)
@@ -33,6 +32,7 @@ def refused(kind, value):
     with pytest.raises(InputError) as error:
         Budget.of(**{kind: value})
     assert str(error.value) == f"{kind} is {value!r}; accepted: {ACCEPTED[kind]}"
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_every_kind_is_known():
@@ -75,13 +75,15 @@ def test_what_no_kind_accepts(kind, value):
 @given(value=st.text() | st.floats(max_value=0) | st.integers(max_value=0) | st.booleans())
 def test_an_error_is_one_line_that_names_what_is_accepted(kind, value):
     try:
-        budget = Budget.of(**{kind: value})
-    except InputError as error:
-        assert str(error) == f"{kind} is {value!r}; accepted: {ACCEPTED[kind]}"
-        assert len(str(error).splitlines()) == 1
-    else:
+        assert 0 < Budget.of(**{kind: value}).value < INF
         assert isinstance(value, str)
-        assert 0 < budget.value < INF
+    except InputError:
+        refused(kind, value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BUDGETS if kind != "rank"])
+def test_a_number_too_large_for_a_float_is_refused(kind):
+    refused(kind, 10**400)
 
 
 # --- rank, energy and drop
@@ -191,7 +193,7 @@ def test_decimals_with_a_unit_are_exact(kind, thousandths, unit):
 
 
 @counted
-@pytest.mark.parametrize("value", [1.5, 2.000001, "1.5", "1.0001k", "-9k", "0k", "nank", "infM", "9t", "3.5ms"], ids=repr)
+@pytest.mark.parametrize("value", [1.5, 2.000001, "1.5", "1.0001k", "-9k", "0k", "nank", "infM", "9t", "3ms"], ids=repr)
 def test_a_count_is_nothing_else(kind, value):
     refused(kind, value)
 
@@ -238,6 +240,7 @@ def test_a_latency_is_nothing_else(value):
         ({"energy": 1}, {"budget": "energy", "value": 1.0, "fraction": False}),
         ({"params": "8.9k"}, {"budget": "params", "value": 8900, "fraction": False}),
         ({"macs": 0.5}, {"budget": "macs", "value": 0.5, "fraction": True}),
+        ({"macs": "1"}, {"budget": "macs", "value": 1.0, "fraction": True}),
         ({"latency": "3.5ms"}, {"budget": "latency", "value": 3.5, "fraction": False}),
         ({"max_drop": "0.5"}, {"budget": "max_drop", "value": 0.5, "fraction": False}),
     ],
@@ -246,8 +249,7 @@ def test_plain_data(given_, plain):
     assert json.loads(json.dumps(Budget.of(**given_).to_dict())) == plain
 
 
-def test_one_line_also_for_odd_text():
-    for value in ("1\n2", "a\x85b", "\u2028"):
-        with pytest.raises(InputError, match=re.escape(repr(value))) as error:
-            Budget.of(params=value)
-        assert len(str(error.value).splitlines()) == 1
+@counted
+@pytest.mark.parametrize("value", ["1\n2", "a\x85b", "\u2028"], ids=repr)
+def test_the_error_is_one_line_also_for_odd_text(kind, value):
+    refused(kind, value)

@@ -20,13 +20,17 @@ from matplotlib.figure import Figure
 
 import gconv.data
 import gconv.train
-from analysis import conversion, convert, decompose, plots, report
-from gconv import Split, create_model, evaluate, load, read, save
+from analysis import ConversionReport, conversion, convert, decompose, execution, plots
+from gconv import Split, cost, create_model, evaluate, load, read, save
 from gconv.checkpoint import layer_choices
 
 PROG = decompose.PROG
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "p4cnn-rotdigits.pt"
 RESULTS = ["converted.pt", "report.json", "spectra.png"]
+REQUEST = {
+    "form": "auto", "budget": "energy", "value": 0.95, "fraction": False,
+    "allocation": "auto", "minimise": "weights", "execution": "auto",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -63,11 +67,16 @@ def everything(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def stop_the_clock(patch):
+    """Everything takes a millisecond."""
+    patch.setattr(execution, "medians", lambda runs, **_: ([1.0] * len(runs), 1))
+
+
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     """In an empty folder, without the time that measuring takes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "_LATENCY_SECONDS", 0)
+    stop_the_clock(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +107,9 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shipped(out):
-    return run(SHIPPED, "--form", "gc_in", "--rank", 2, "--data", "rotdigits", "--out", out, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_the_clock(patch)
+        return run(SHIPPED, "--form", "gc_in", "--rank", 2, "--data", "rotdigits", "--out", out, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +128,7 @@ def test_the_shipped_network_is_converted(shipped, out):
 def test_stdout_is_the_report_and_nothing_else(shipped, document):
     assert json.loads(shipped.out) == document
     assert document["checkpoint"] == str(SHIPPED)
-    assert document["request"] == {"form": "gc_in", "rank": 2, "energy": None}
+    assert document["request"] == {**REQUEST, "form": "gc_in", "budget": "rank", "value": 2, "minimise": "outputs"}
 
 
 def test_the_table_is_on_stderr(shipped):
@@ -168,7 +179,7 @@ def test_without_data_it_says_what_it_could_not_measure():
     assert f"written: {', '.join(f'small-converted/{name}' for name in RESULTS)}\n" in done.out
     written = json.loads(Path("small-converted/report.json").read_text())
     assert (written["data"], written["accuracy"], len(written["notes"])) == (None, {}, 3)
-    assert written["request"] == {"form": "auto", "rank": None, "energy": 0.95}
+    assert written["request"] == REQUEST
 
 
 def test_energy_and_form_reach_the_conversion():
@@ -261,6 +272,238 @@ def test_force_replaces_all_results():
     assert all(after[name] != before[name] for name in RESULTS)
 
 
+# --- budgets of the whole network
+
+
+def report_of(done):
+    """What it printed, which must be what it wrote."""
+    assert done.code == 0
+    document = json.loads(done.out)
+    assert json.loads(Path("small-converted/report.json").read_text()) == document
+    return document
+
+
+@pytest.mark.parametrize("value", ["0.6", "600", "0.6k"])
+@pytest.mark.parametrize("form", ["auto", "g_turned"])
+def test_the_file_has_the_parameters_that_are_allowed(form, value):
+    path = small()
+    document = report_of(run(path, "--form", form, "--params", value, "--json"))
+    before, after = (sum(p.numel() for p in load(file).parameters()) for file in (path, "small-converted/converted.pt"))
+    limit = 0.6 * before if value == "0.6" else 600
+    assert after <= limit < before
+    assert document["parameters"] == [before, after]
+    assert (document["request"]["limit"], document["request"]["fraction"]) == (limit, value == "0.6")
+
+
+@pytest.mark.parametrize("value", ["0.6", "60000", "60k", "0.06M"])
+def test_the_file_runs_with_the_macs_that_are_allowed(value):
+    path = small()
+    document = report_of(run(path, "--macs", value, "--json"))
+    before, after = (cost(load(file), (1, 28, 28)).macs_executed for file in (path, "small-converted/converted.pt"))
+    limit = 0.6 * before if value == "0.6" else 60_000
+    assert after <= limit < before
+    assert document["macs_executed"] == [before, after]
+    assert document["request"]["limit"] == limit
+
+
+def test_the_time_that_is_allowed_is_kept_or_the_nearest_is_named():
+    path = small()
+    message = (
+        "latency of at most 0.5ms is out of reach with form auto; accepted: at least 1.000ms, or 1.0000 of the network"
+    )
+    assert refused(path, "--latency", "0.5") == refused(path, "--latency", "0.5ms") == message
+    document = report_of(run(path, "--latency", "1ms", "--json"))
+    assert document["latency"]["milliseconds"] == [1.0, 1.0]
+    assert (document["request"]["limit"], document["request"]["fraction"]) == (1.0, False)
+
+
+@pytest.mark.parametrize("allowed", [3, 99])
+def test_the_file_drops_no_more_than_is_allowed(few, allowed):
+    path = small()
+    document = report_of(
+        run(path, "--form", "gc", "--max-drop", allowed, "--data", "rotdigits", "--minimise", "weights", "--json")
+    )
+    before, after = (evaluate(load(file), few.validation).error for file in (path, "small-converted/converted.pt"))
+    assert after - before <= allowed
+    validation = document["accuracy"]["validation"]
+    assert (validation["images"], validation["before"], validation["batch_norm"]) == (60, before, after)
+    if allowed == 99:
+        assert {row["rank"] for row in document["layers"]} == {1}
+
+
+def test_a_drop_cannot_be_read_off_images_that_the_network_was_trained_on(few):
+    path = small(record={"trained_on": "train and validation"})
+    assert refused(path, "--max-drop", 1, "--data", "rotdigits") == (
+        "--max-drop: the network was trained on the validation images too, so nothing can be read off them; "
+        "accepted: a network trained without --all-data"
+    )
+
+
+@pytest.mark.parametrize("budget", [("--params", "0.6"), ("--rank", "1", "--data", "rotdigits", "--finetune", "1")])
+def test_the_written_report_reads_back_as_a_report(few, budget):
+    document = report_of(run(small(), "--form", "gc", *budget, "--json"))
+    own = {field.name: document[field.name] for field in dataclasses.fields(ConversionReport)}
+    assert json.loads(json.dumps(ConversionReport.from_dict(own).to_dict())) == own
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "weight"), [("scores", "scores", 0.9), ("layers", "layers", 0.9), ("none", "scores", 0)]
+)
+def test_fine_tuning_learns_from_what_it_is_told_to(few, option, target, weight):
+    command = [small(), "--form", "gc", "--rank", 1, "--data", "rotdigits", "--finetune", 1, "--distill", option]
+    told = report_of(run(*command, "--json"))["finetuning"]["distillation"]
+    assert (told["target"], told["weight"]) == (target, weight)
+
+
+# --- measurements that are used again
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls of what measures the options of a network."""
+    calls = []
+
+    def measure(*args, real=conversion.measure_options):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(conversion, "measure_options", measure)
+    return calls
+
+
+def test_the_measurements_in_a_report_are_not_made_again(few, counted):
+    command = [small(), "--form", "gc", "--params", "0.6", "--data", "rotdigits"]
+    assert run(*command, "--out", "a").code == 0
+    assert len(counted) == 1
+    assert run(*command, "--out", "b", "--sensitivity", "a/report.json").code == 0
+    assert len(counted) == 1
+    assert Path("a/converted.pt").read_bytes() == Path("b/converted.pt").read_bytes()
+    again = json.loads(Path("b/report.json").read_text())
+    assert again["sensitivity"] == json.loads(Path("a/report.json").read_text())["sensitivity"]
+
+    torch.manual_seed(5)
+    save(create_model("p4cnn", width=2), "other.pt")
+    for arguments, message in (
+        (
+            ["other.pt", "--form", "gc"],
+            "sensitivity was measured on another network; accepted: that of a report on this one",
+        ),
+        (
+            [command[0], "--form", "g"],
+            "sensitivity was measured for form gc and not g; accepted: that of a report with form auto",
+        ),
+    ):
+        assert refused(*arguments, "--params", "0.6", "--sensitivity", "a/report.json", "--out", "c") == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "old.json is not a report; accepted: a report.json of this command"),
+        ("[1]", "old.json is not a report; accepted: a report.json of this command"),
+        (
+            '{"sensitivity": null}',
+            "old.json has no measurements; accepted: the report of --params, --macs, --latency, --max-drop",
+        ),
+        ('{"sensitivity": 5}', "sensitivity is not a table of this package; accepted: that of an earlier report"),
+        (b"\xff\xfe", "old.json is not a report; accepted: a report.json of this command"),
+    ],
+    ids=str,
+)
+def test_a_file_without_measurements(content, message):
+    Path("old.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert refused(small(), "--params", "0.6", "--sensitivity", "old.json") == message
+
+
+# --- interrupted and continued
+
+
+TUNE = ["--form", "gc", "--rank", 1, "--data", "rotdigits", "--minimise", "weights"]
+STATE = Path("small-converted/finetuning.pt")
+
+
+def interrupted_fine_tuning(path, step):
+    """Stop as this step ends; five make an epoch."""
+    steps = []
+
+    def stop(*args, original=torch.optim.Adam.step, **kwargs):
+        steps.append(original(*args, **kwargs))
+        if len(steps) == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", stop)
+        return run(path, *TUNE, "--finetune", 3)
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(7, 1), (15, 2)])
+def test_an_interrupted_fine_tuning_is_continued_to_the_bit(few, step, epochs):
+    path = small()
+    assert run(path, *TUNE, "--finetune", 3, "--out", "whole").code == 0
+    assert sorted(everything("whole")) == RESULTS
+    stopped = interrupted_fine_tuning(path, step)
+    assert stopped.code == 130
+    assert f"to continue: the same command with --resume (its state is in {STATE})" in stopped.err
+    assert sorted(everything("small-converted")) == ["finetuning.pt"]
+    assert torch.load(STATE, weights_only=True)["fit"]["epochs_done"] == epochs
+    continued = run(path, *TUNE, "--finetune", 3, "--resume")
+    assert continued.code == 0
+    assert [f"epoch {n}/3" in continued.err for n in (1, 2, 3)] == [n > epochs for n in (1, 2, 3)]
+    assert sorted(everything("small-converted")) == RESULTS
+    assert Path("small-converted/converted.pt").read_bytes() == Path("whole/converted.pt").read_bytes()
+    reports = [json.loads(Path(folder, "report.json").read_text()) for folder in ("whole", "small-converted")]
+    for report in reports:
+        assert [row.pop("seconds") >= 0 for row in report["finetuning"]["history"]] == [True] * 3
+    assert reports[0] == reports[1]
+
+
+def test_an_interruption_before_the_first_epoch_is_over_leaves_nothing(few):
+    stopped = interrupted_fine_tuning(small(), 2)
+    assert stopped.code == 130
+    assert "to continue" not in stopped.err
+    assert not Path("small-converted").exists()
+
+
+def test_a_fine_tuning_is_continued_as_it_began_or_not_at_all(few):
+    path = small()
+    interrupted_fine_tuning(path, 7)
+    other = create_model("p4cnn", width=2)
+    save(other, "other.pt")
+    for arguments, message in (
+        ([path, *TUNE, "--rank", 2, "--finetune", 3], "was of another network or another budget"),
+        ([path, *TUNE, "--form", "g", "--finetune", 3], "was of another network or another budget"),
+        (["other.pt", *TUNE, "--finetune", 3, "--out", STATE.parent], "was of another network or another budget"),
+        ([path, *TUNE, "--finetune", 4], "had other epochs, another seed or another loss"),
+        ([path, *TUNE, "--finetune", 3, "--seed", 1], "had other epochs, another seed or another loss"),
+        ([path, *TUNE, "--finetune", 3, "--distill", "none"], "had other epochs, another seed or another loss"),
+    ):
+        assert refused(*arguments, "--resume") == f"the interrupted fine-tuning {message}"
+    assert run(path, *TUNE, "--finetune", 3, "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_text("hello"), "is not a checkpoint, or it is damaged or cut off"),
+        (lambda path: torch.save([1], path), "holds no interrupted fine-tuning; accepted: the call without --resume"),
+        (
+            lambda path: torch.save({"a": 1}, path),
+            "the state of the interrupted fine-tuning is inconsistent: 'original'",
+        ),
+        (
+            lambda path: torch.save({"a": Bomb()}, path),
+            "holds objects that are not plain data; nothing in it was executed",
+        ),
+    ],
+    ids=["text", "a list", "another dictionary", "bomb"],
+)
+def test_a_state_that_is_none(few, write, message):
+    path = small()
+    STATE.parent.mkdir()
+    write(STATE)
+    assert message in refused(path, *TUNE, "--finetune", 3, "--resume")
+
+
 # --- bad input
 
 
@@ -340,6 +583,11 @@ def test_a_network_without_group_layers():
     assert message in refused(small(name="z2cnn"))
 
 
+ABOVE_1 = "or a whole number above 1"
+A_TIME = "or a time such as 3.5ms"
+POINTS = "accepted: points of accuracy above 0 and below 100, such as 0.5"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -350,7 +598,45 @@ def test_a_network_without_group_layers():
         *[(f"--energy {no}", f"argument --energy: '{no}' is not a number from 0 to 1") for no in (-1, "a", 1.5, 99)],
         ("--energy nan", "argument --energy: 'nan' is not a number from 0 to 1"),
         ("--rank 1 --energy 0.5", "argument --energy: not allowed with argument --rank"),
-        ("--form cg", "unknown form 'cg'; accepted: auto, g, gc, gc_in"),
+        *[
+            (f"--{kind} {no}", f"{kind} is '{no}'; accepted: a fraction up to 1 of what the network has, {ABOVE_1}")
+            for kind in ("params", "macs")
+            for no in ("0", "-3", "1.5", "a", "nan", "inf", "0k", "-2k")
+        ],
+        *[
+            (f"--latency {no}", f"latency is '{no}'; accepted: a fraction up to 1 of what the network takes, {A_TIME}")
+            for no in ("0", "-1", "1.5", "3s", "ms", "-2ms", "nan")
+        ],
+        *[
+            (f"--max-drop {no} --data rotdigits", f"max_drop is '{no}'; {POINTS}")
+            for no in ("0", "-1", "100", "a", "nan")
+        ],
+        ("--max-drop 1", "--max-drop needs validation images; accepted: --data NAME with it"),
+        *[
+            (f"--params 0.5 {other}", f"argument {other.split()[0]}: not allowed with argument --params")
+            for other in ("--rank 1", "--energy 0.5", "--macs 0.5", "--latency 0.5", "--max-drop 1")
+        ],
+        (
+            "--params 10",
+            "params of at most 10 is out of reach with form auto; accepted: at least 348, or 0.4085 of the network",
+        ),
+        ("--form gc --macs 0.001", None),
+        (
+            "--allocation fair",
+            "unknown allocation 'fair'; accepted: auto, uniform, energy, minmax, lagrangian, greedy, dynamic",
+        ),
+        ("--minimise all", "unknown minimise 'all'; accepted: auto, weights, outputs"),
+        ("--minimise outputs", "minimise outputs needs training images; accepted: data"),
+        ("--execution fast", "unknown execution 'fast'; accepted: auto, dense, factorized"),
+        ("--distill all", "unknown target of distillation 'all'; accepted: scores, layers"),
+        ("--resume", "--resume continues fine-tuning; accepted: the options of the interrupted call, as they were"),
+        (
+            "--resume --finetune 1 --data rotdigits",
+            "small-converted/finetuning.pt does not exist, there is nothing to resume; "
+            "accepted: the call without --resume",
+        ),
+        ("--sensitivity none.json", "cannot read none.json: No such file or directory"),
+        ("--form cg", "unknown form 'cg'; accepted: auto, g, gc, gc_in, g_turned, gc_turned"),
         ("--data mnist", "unknown data set 'mnist'; accepted: rotdigits, rotmnist-regen, rotmnist"),
         ("--device tpu", "unknown device 'tpu'; accepted: auto, cpu, cuda"),
         ("--finetune 3", "--finetune needs training images; accepted: --data NAME with it"),
@@ -516,14 +802,18 @@ def test_help_is_there_before_pytorch_is(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "\n")
     assert "examples:\n  python -m analysis.decompose checkpoints/p4cnn-rotdigits.pt\n" in done.stdout
-    for option in ("--form", "--rank", "--energy", "--data", "--finetune", "--out", "--force", "--json", "--device"):
-        assert option in done.stdout
+    options = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
+    assert set(options) == {
+        "--form", "--rank", "--energy", "--params", "--macs", "--latency", "--max-drop", "--data", "--allocation",
+        "--minimise", "--execution", "--sensitivity", "--finetune", "--distill", "--resume", "--seed", "--device",
+        "--out", "--force", "--json",
+    }  # fmt: skip
 
 
 def test_the_examples_in_the_help_are_commands():
     parsers = {"analysis.decompose": decompose.parser(), "gconv.train": gconv.train.parser()}
     examples = re.findall(r"^  python -m (\S+) ([^(\n]+)", decompose.parser().format_help(), re.MULTILINE)
-    assert len(examples) == 5
+    assert len(examples) == 7
     for command, arguments in examples:
         parsers[command].parse_args(shlex.split(arguments))
 

@@ -1,92 +1,145 @@
-"""The peak of live tensors in a forward pass, against bytes counted by hand."""
+"""The peak memory of a forward pass against sums done by hand."""
+
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-import gconv
 from analysis.memory import forward_memory
+from gconv import GConv2d
 
-IMAGE = torch.rand(1, 4, 8, 8)
-MAP = IMAGE.numel() * 4  # bytes
+few = settings(max_examples=20, deadline=None)
+widths = st.lists(st.integers(1, 50), min_size=2, max_size=6)
 
 
-class Keeps(nn.Module):
-    """Holds every map until the end."""
-
-    def __init__(self, count):
+class Function(nn.Module):
+    def __init__(self, function):
         super().__init__()
-        self.count = count
+        self.function = function
 
     def forward(self, x):
-        kept = [x + n for n in range(self.count)]
-        return kept[-1]
+        return self.function(x)
 
 
-class Views(nn.Module):
-    def forward(self, x):
-        return x.view(1, -1)[:, ::2].unflatten(1, (4, 32)).mT
+def chain(sizes, dtype):
+    layers = [nn.Linear(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*layers)
 
 
-class InPlace(nn.Module):
-    def forward(self, x):
-        y = x + 1
-        return y.mul_(2).relu_()
+@few
+@given(sizes=widths, batch=st.integers(1, 4), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_a_chain_holds_an_input_and_an_output(sizes, batch, dtype):
+    # The input of the first layer is the caller's; of the others input and output are alive together.
+    own = [0, *(batch * size * dtype.itemsize for size in sizes[1:])]
+    expected = max(a + b for a, b in itertools.pairwise(own))
+    assert forward_memory(chain(sizes, dtype), torch.randn(batch, sizes[0], dtype=dtype)) == expected
 
 
-class Slices(nn.Module):
-    """A view keeps the whole storage alive after the map itself is gone."""
+@few
+@given(channels=st.lists(st.integers(1, 4), min_size=2, max_size=4), padding=st.integers(0, 1))
+def test_convolutions_and_activations(channels, padding):
+    parts, maps, n = [], [0], 8
+    for a, b in itertools.pairwise(channels):
+        parts += [nn.Conv2d(a, b, 3, padding=padding, dtype=torch.float64), nn.ReLU()]
+        n += 2 * padding - 2
+        maps += [2 * b * n * n * 8] * 2
+    images = torch.randn(2, channels[0], 8, 8, dtype=torch.float64)
+    assert forward_memory(nn.Sequential(*parts), images) == max(a + b for a, b in itertools.pairwise(maps))
 
-    def forward(self, x):
-        first = (x + 1)[:, :1]
-        return first + (x + 2)[:, :1]
+
+def test_what_is_needed_again_stays_alive():
+    def branches(x):
+        a = x * 2  # 1 map
+        b = a.repeat(1, 3)  # 1 + 3
+        c = b.sum(1, keepdim=True)  # and 1 / 10
+        return a + c
+
+    x = torch.randn(1, 10, dtype=torch.float64)
+    assert forward_memory(Function(branches), x) == 80 + 240 + 8 + 80
+
+
+def test_what_is_dropped_is_free_again():
+    def one_after_the_other(x):
+        for _ in range(5):
+            x.repeat(3, 1)
+        return x.repeat(2, 1)
+
+    x = torch.randn(1, 10, dtype=torch.float64)
+    assert forward_memory(Function(one_after_the_other), x) == 240
+
+
+def test_what_is_returned_and_kept_counts():
+    x = torch.randn(1, 10, dtype=torch.float64)
+    kept = []
+    assert forward_memory(Function(lambda x: kept.extend(x + n for n in range(7))), x) == 7 * 80
 
 
 @pytest.mark.parametrize(
-    ("model", "maps"),
+    "function",
     [
-        (nn.Identity(), 0),
-        (Views(), 0),
-        (Keeps(1), 1),
-        (Keeps(5), 5),
-        (nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Tanh(), nn.Tanh()), 2),  # an input and an output at a time
-        (InPlace(), 1),
-        (Slices(), 2.25),
+        lambda x: x.view(2, 5),
+        lambda x: x.unflatten(1, (2, 5)).transpose(1, 2)[:, 1:],
+        lambda x: x.relu_(),
+        lambda x: x.add_(1).flatten(),
+        lambda x: x,
     ],
-    ids=str,
 )
-def test_the_peak_is_what_is_alive_at_once(model, maps):
-    assert forward_memory(model, IMAGE) == maps * MAP
+def test_views_and_operations_in_place_take_nothing(function):
+    assert forward_memory(Function(function), torch.randn(1, 10)) == 0
 
 
-def test_a_chain_of_layers_holds_the_two_largest_neighbours():
-    chain = nn.Sequential(
-        nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(6, 2, 1, bias=False), nn.Conv2d(2, 3, 1, bias=False)
-    )
-    assert forward_memory(chain, IMAGE) == (6 + 2) * 64 * 4
-    assert forward_memory(chain.double(), IMAGE.double()) == (6 + 2) * 64 * 8
+def test_a_view_keeps_all_that_it_is_of():
+    def view_of_a_part(x):
+        part = x.repeat(5, 1)[0]
+        return part + 1
+
+    assert forward_memory(Function(view_of_a_part), torch.randn(1, 10, dtype=torch.float64)) == 400 + 80
 
 
-def test_it_grows_with_the_batch_and_counts_neither_weights_nor_input():
-    one = forward_memory(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), IMAGE)
-    five = forward_memory(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), IMAGE.expand(5, -1, -1, -1).contiguous())
-    assert five == 5 * one == 5 * 2 * 4 * 36 * 4
+def test_broadcast_results_count_what_they_store():
+    x = torch.randn(1, 10, dtype=torch.float64)
+    assert forward_memory(Function(lambda x: (x + 1).expand(1000, 10)), x) == 80
 
 
-def test_a_factorised_g_layer_needs_the_larger_map_that_is_told_of_it():
-    """Its map of O channels for each input is why such layers run dense by default."""
-    torch.manual_seed(0)
-    layer = gconv.SeparableGConv2d(3, 8, 3, padding=1, group="p4", form="g", rank=1)
-    x = torch.rand(1, 3, 4, 16, 16)
-    layer.execution = "factorized"
-    factorised = forward_memory(layer.eval(), x)
-    layer.execution = "dense"
-    assert factorised > 2 * forward_memory(layer, x)
+def test_operations_with_several_results():
+    x = torch.randn(1, 10, dtype=torch.float64)
+    assert forward_memory(Function(lambda x: x.sort(1)), x) == 80 + 80  # values and whole numbers
+    assert forward_memory(Function(lambda x: (x + 1).split(3, 1)), x) == 80
 
 
-def test_nothing_of_it_is_left_behind():
-    layer = nn.Conv2d(4, 4, 3)
-    forward_memory(layer, IMAGE)
-    out = layer(IMAGE)
-    assert out.requires_grad
-    assert layer.training
+def test_weights_and_gradients_do_not_count():
+    layer = nn.Linear(100, 1).double()
+    assert forward_memory(layer, torch.randn(1, 100, dtype=torch.float64)) == 8
+    deep = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Sigmoid()) for _ in range(10)))
+    # Beside the input and the output of a part what its block was given is alive.
+    assert forward_memory(deep, torch.randn(1, 5, requires_grad=True)) == 3 * 5 * 4
+    assert all(p.grad is None for p in deep.parameters())
+
+
+def test_a_second_pass_takes_the_same():
+    model, x = chain([5, 9, 2], torch.float32), torch.randn(3, 5)
+    assert len({forward_memory(model, x) for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize("on", ["p4", "p4m"])
+def test_a_group_convolution_holds_its_expanded_filter(on):
+    layer = GConv2d(2, 3, 3, group=on, bias=False, dtype=torch.float64)
+    s = layer.group.order
+    expanded = 8 * 3 * s * 2 * s * 9
+    output = 8 * 3 * s * 8 * 8
+    x = torch.randn(1, 2, s, 10, 10, dtype=torch.float64)
+    # Gathered, then copied into the order of the convolution; or beside the output.
+    assert forward_memory(layer.train(), x) == max(2 * expanded, expanded + output)
+    small = torch.randn(1, 2, s, 3, 3, dtype=torch.float64)
+    assert forward_memory(layer, small) == 2 * expanded
+
+
+def test_a_function_that_fails_leaves_no_trace():
+    with pytest.raises(RuntimeError):
+        forward_memory(nn.Linear(3, 3), torch.randn(2, 2))
+    assert torch.is_grad_enabled()
+    assert forward_memory(Function(F.relu), torch.randn(1, 4)) == 16
