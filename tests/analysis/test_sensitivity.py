@@ -302,7 +302,7 @@ ROW = GOOD["layers"]["a"][0]
         GOOD | {"layers": {"a": [ROW | {"colour": 1}]}},
         GOOD | {"layers": {"a": [{name: value for name, value in ROW.items() if name != "macs"}]}},
     ],
-    ids=lambda table: json.dumps(table)[-30:],
+    ids=range(18),
 )
 def test_what_is_no_table_is_refused(table):
     with pytest.raises(InputError) as error:
