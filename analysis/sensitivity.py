@@ -88,7 +88,8 @@ def measure_options(model: nn.Module, options: Options, data: Split, probes: Spl
                         layer, option.form, fitted.mix, fitted.spatial, fitted.bias, option.execution
                     )
                 )
-            kept = [n for n, row in enumerate(rows) if not any(_beats(other, row) for other in rows)]
+            # The first is the layer as it is, and stays even where nothing is lost by another.
+            kept = [n for n, row in enumerate(rows) if not n or not any(_beats(other, row) for other in rows)]
             measured[name] = tuple(rows[n] for n in kept)
             fits[name] = [made[n - 1] for n in kept if n]
     probe = Split(images[:_PROBES], data.labels[chosen[:_PROBES]]) if probes is None else probes

@@ -450,7 +450,10 @@ def test_an_interrupted_fine_tuning_is_continued_to_the_bit(few, step, epochs):
     assert continued.code == 0
     assert [f"epoch {n}/3" in continued.err for n in (1, 2, 3)] == [n > epochs for n in (1, 2, 3)]
     assert sorted(everything("small-converted")) == RESULTS
-    assert Path("small-converted/converted.pt").read_bytes() == Path("whole/converted.pt").read_bytes()
+    # Not the files' bytes: equal strings may be one object here and two there, which a pickle tells apart.
+    one, other = (load(Path(folder, "converted.pt")) for folder in ("small-converted", "whole"))
+    assert layer_choices(one) == layer_choices(other)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     reports = [json.loads(Path(folder, "report.json").read_text()) for folder in ("whole", "small-converted")]
     for report in reports:
         assert [row.pop("seconds") >= 0 for row in report["finetuning"]["history"]] == [True] * 3
@@ -622,7 +625,8 @@ POINTS = "accepted: points of accuracy above 0 and below 100, such as 0.5"
         ),
         (
             "--form gc --macs 0.001",
-            "macs of at most 505.888 is out of reach with form gc; accepted: at least 172,000, or 0.3400 of the network",
+            "macs of at most 505.888 is out of reach with form gc; "
+            "accepted: at least 172,000, or 0.3400 of the network",
         ),
         (
             "--allocation fair",

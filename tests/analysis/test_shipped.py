@@ -29,6 +29,7 @@ NETWORKS = {
     "p4cnn": ("p4cnn", "p4", (10,), None),
     "p4cnn-w30": ("p4cnn", "p4", (30,), None),
     "p4m-cnn": ("p4cnn", "p4m", (7,), None),
+    "gc-p4cnn": ("gc-p4cnn", "p4", (30,), "gc"),
     "gc-p4cnn-small": ("gc-p4cnn-small", "p4", (10,), "gc"),
 }
 ON_EVERYTHING = {"p4cnn-rotdigits", "p4cnn-rotmnist-regen", "p4m-cnn-rotdigits"}
