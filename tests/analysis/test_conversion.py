@@ -1058,6 +1058,23 @@ def test_measurements_decide_what_each_layer_gets(measured):
     assert ranks[0] != ranks[1]
 
 
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_layer_whose_output_is_constant_may_still_be_left_as_it_is(what):
+    """Any option of it is without error and smaller, and yet none must take the place of the layer itself."""
+    model, data = copy.deepcopy(tiny()), pictures()
+    with torch.no_grad():
+        model[5].weight.zero_()
+        if what == "bias":  # nothing reaches the last one either
+            model[5].bias.zero_()
+            model[6].bias.fill_(-1)
+    after, done = convert(model, "gc", params=0.75, data=data)
+    assert total(after, "parameters") <= 0.75 * total(model, "parameters")
+    for options in done.sensitivity["layers"].values():
+        assert (options[0]["form"], options[0]["error"]) == (None, 0)
+        assert all(option["form"] == "gc" for option in options[1:])
+    assert torch.isfinite(logits(after, data.images)).all()
+
+
 def test_measurements_of_another_network_are_refused(measured):
     other = copy.deepcopy(tiny())
     with torch.no_grad():
