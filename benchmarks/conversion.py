@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, NullLocator
 from torch import nn
 
 import gconv
@@ -290,7 +290,7 @@ def _cell(errors: list[float] | None) -> str:
     return f"{statistics.mean(errors):.2f}{spread} %"
 
 
-PANELS = {"batch_norm": "batch norm re-estimated", "finetuned": f"trained for {EPOCHS} epochs more"}
+PANELS = {"batch_norm": "batch norm re-estimated", "finetuned": f"fine-tuned for {EPOCHS} epochs, or from scratch"}
 
 
 def plot(network: str, cost: str = "parameters") -> Figure:
@@ -304,7 +304,7 @@ def plot(network: str, cost: str = "parameters") -> Figure:
     names = list(dict.fromkeys(row.method.partition(",")[0] for row in own))
     colours = dict(zip(names, sns.color_palette("colorblind"), strict=False))
     with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 4), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 4.2), sharex=True, sharey=True, layout="constrained")
     for axis, (stage, title) in zip(axes, PANELS.items(), strict=True):
         axis.axhline(statistics.mean(own[0].errors["original"]), color="0.4", ls="--", lw=1, label="original")
         for name, marker in zip(names, "osD^v", strict=False):
@@ -315,8 +315,10 @@ def plot(network: str, cost: str = "parameters") -> Figure:
                 color=colours[name], label=name,
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", title=title, xlabel=AXES[cost])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(0.08)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.plots import plot_sensitivity, plot_spectra
 
-FORMS = {"g": 4, "gc": 9, "gc_in": 9}
+FORMS = {"g": 4, "gc": 9, "gc_in": 9, "g_turned": 4, "gc_turned": 9}  # and their largest rank
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +23,8 @@ def rows(count):
         {
             "name": f"conv{i + 2}",
             "explained_energy": {form: np.sort(rng.uniform(size=ranks)).tolist() for form, ranks in FORMS.items()},
-            "form": [*FORMS, None][i % 4],
-            "rank": None if i % 4 == 3 else 1 + i % 3,
+            "form": [*FORMS, None][i % 6],
+            "rank": None if i % 6 == 5 else 1 + i % 3,
         }
         for i in range(count)
     ]
@@ -42,7 +42,7 @@ def panels(figure):
 def test_every_curve_is_the_explained_energy_against_the_rank(count):
     layers = rows(count)
     figure = plot_spectra(layers)
-    assert [axis.get_title() for axis in figure.axes] == ["form g", "form gc", "form gc_in"]
+    assert [axis.get_title() for axis in figure.axes] == [f"form {form}" for form in FORMS]
     for form, (axis, curves, _) in zip(FORMS, panels(figure), strict=True):
         assert axis.get_xlabel() == "rank"
         assert [curve.get_label() for curve in curves] == [layer["name"] for layer in layers]
