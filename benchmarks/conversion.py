@@ -35,7 +35,7 @@ from gconv.files import atomic_path
 from gconv.training import environment, evaluate
 
 RECORDS = Path(__file__).parent / "records" / "conversion"
-CHECKPOINTS = Path("checkpoints")
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 HELD_OUT = tuple(f"p4cnn-rotmnist-regen-heldout-seed{seed}" for seed in range(3))
 WIDE = "p4cnn-w30-rotmnist-regen"
 P4M = "p4m-cnn-rotdigits"

@@ -1,6 +1,7 @@
 """``python -m analysis.decompose``: the whole road, and one line for everything that can be wrong on it."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 import gconv.data
 import gconv.train
 from analysis import ConversionReport, conversion, convert, decompose, execution, plots
-from gconv import Split, cost, create_model, evaluate, load, read, save
+from gconv import SeparableGConv2d, Split, cost, create_model, evaluate, load, read, save
 from gconv.checkpoint import layer_choices
 
 PROG = decompose.PROG
@@ -344,6 +345,22 @@ def test_the_written_report_reads_back_as_a_report(few, budget):
     document = report_of(run(small(), "--form", "gc", *budget, "--json"))
     own = {field.name: document[field.name] for field in dataclasses.fields(ConversionReport)}
     assert json.loads(json.dumps(ConversionReport.from_dict(own).to_dict())) == own
+
+
+def test_the_report_is_of_the_file(monkeypatch):
+    """Even where the file is not quite what was converted."""
+
+    def saves_factorized(model, path, **kwargs):
+        model = copy.deepcopy(model)
+        for layer in model.modules():
+            if isinstance(layer, SeparableGConv2d):
+                layer.execution = "factorized"
+        save(model, path, **kwargs)
+
+    monkeypatch.setattr("gconv.checkpoint.save", saves_factorized)
+    document = report_of(run(small(), "--form", "gc", "--rank", 1, "--execution", "dense", "--json"))
+    assert {row["execution"] for row in document["layers"]} == {"factorized"}
+    assert document["macs_executed"][1] == cost(load("small-converted/converted.pt"), (1, 28, 28)).macs_executed
 
 
 @pytest.mark.parametrize(
