@@ -81,7 +81,8 @@ def convert(
         params: parameters of the whole network: a fraction up to 1, or a number.
         macs: multiply-accumulates of one image as executed: likewise.
         latency: of a batch of 16 on this machine: a fraction up to 1, or a time such as ``"3.5ms"``.
-        max_drop: points of accuracy that may be lost on ``validation`` before fine-tuning; the smallest network wins.
+        max_drop: points of accuracy that may be lost on ``validation`` before fine-tuning; the smallest network that
+            was tried wins.
         allocation: how params, macs or latency are shared out: ``auto`` or one of ``analysis.ALLOCATORS``.
         minimise: ``outputs`` (needs data), ``weights``, or ``auto``: outputs if there is data.
         execution: ``dense`` or ``factorized`` for every layer; ``auto``: whichever is measured to be faster, except
