@@ -105,6 +105,11 @@ def test_broadcast_results_count_what_they_store():
     assert forward_memory(Function(lambda x: (x + 1).expand(1000, 10)), x) == 80
 
 
+def test_gaps_between_entries_count():
+    every_other = Function(lambda x: torch.empty_strided((10,), (2,), dtype=torch.float64))
+    assert forward_memory(every_other, torch.randn(1)) == 8 * 19
+
+
 def test_operations_with_several_results():
     x = torch.randn(1, 10, dtype=torch.float64)
     assert forward_memory(Function(lambda x: x.sort(1)), x) == 80 + 80  # values and whole numbers

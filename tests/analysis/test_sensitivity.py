@@ -173,6 +173,17 @@ def test_an_option_that_loses_on_every_count_is_left_out():
     ]
 
 
+def test_the_layer_as_it_is_stays_an_option_whatever_else_there_is():
+    model, data = network(), split(20)
+    layer = model[3]
+    nn.init.zeros_(layer.weight)  # so that nothing is lost by any other
+    options = {"3": (as_it_is(layer), option(layer, "gc", 1), option(layer, "gc", 2))}
+    measured = measure_options(model, options, data, None, 0)["3"]
+    assert [row.rank for row in measured] == [None, 1]
+    assert measured[0] == options["3"][0]
+    assert measured[1].relative_error == 0
+
+
 def test_an_exact_option_costs_nothing():
     model, data = network(), split(20)
     layer = model[6]
