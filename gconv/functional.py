@@ -65,6 +65,23 @@ def to_planar(x: Tensor) -> Tensor:
     return x.flatten(1, 2) if x.dim() == 5 else x
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a planar map lies in memory channels-last and in no other order (one pixel or channel is both)."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A planar map in the memory format that convolutions are fastest in: channels-last in float32 on a CPU.
+
+    There the dense filters take two thirds of the time that they take on contiguous maps, the planar kernels of
+    separable ones a third. Convolutions and batch norm hand the format on, so a network asks for it once.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return x
+    # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
+    return x if is_channels_last(x) else x.clone(memory_format=torch.channels_last)
+
+
 def gconv2d(
     x: Tensor,
     weight: Tensor,

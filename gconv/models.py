@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .conv import GConv2d, LiftingConv2d, SeparableGConv2d
 from .errors import InputError, one_of
+from .functional import channels_last
 from .groups import group
 from .norm import GroupBatchNorm2d
 from .pool import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
@@ -104,6 +105,7 @@ class CNN(Model):
         self.fc = nn.Linear(width, spec.classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x)
         for i in range(1, 8):
             x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
             if i == 2:
@@ -156,7 +158,7 @@ class ResNet44(Model):
         self.fc = nn.Linear(last * group(spec.group).order, spec.classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         for stage in (1, 2, 3):
             x = getattr(self, f"stage{stage}")(x)
         return self.fc(self.pool(F.relu(self.bn(x))).flatten(1))
