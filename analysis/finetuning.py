@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gconv.data import Split
 from gconv.errors import InputError
 from gconv.modes import evaluating
-from gconv.training import Recipe, fit
+from gconv.recipe import Recipe
+from gconv.training import fit
 
 # Chosen on the validation part of rotmnist-regen; see benchmarks/conversion.py.
 _LEARNING_RATE = 2e-2
@@ -73,7 +74,13 @@ def finetune(
     Returns:
         The recipe and the history of this call, as plain data.
     """
-    recipe = Recipe(epochs, batch_size=_BATCH_SIZE, learning_rate=_LEARNING_RATE, weight_decay=0.0, schedule="cosine")
+    recipe = Recipe(
+        epochs,
+        batch_size=min(_BATCH_SIZE, len(train.labels)),
+        learning_rate=_LEARNING_RATE,
+        weight_decay=0.0,
+        schedule="cosine",
+    )
     with _Loss(student, teacher, layers, distillation) as loss:
         history = fit(
             student, train, recipe, seed=seed, loss=loss, resume=resume, after_epoch=after_epoch, label="fine-tuning"

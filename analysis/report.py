@@ -14,9 +14,9 @@ from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.cost import cost
 from gconv.equivariance import equivariance_error
 from gconv.errors import InputError
+from gconv.memory import forward_memory
 
 from .execution import BATCH, latency
-from .memory import forward_memory
 
 _OUTPUT_IMAGES = 4
 _ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs

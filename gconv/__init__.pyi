@@ -37,8 +37,9 @@ from .pool import GroupMaxPool as GroupMaxPool
 from .pool import GroupMeanPool as GroupMeanPool
 from .pool import SpatialMaxPool2d as SpatialMaxPool2d
 from .pool import SpatialMeanPool2d as SpatialMeanPool2d
+from .recipe import RECIPES as RECIPES
+from .recipe import Recipe as Recipe
 from .separable import FORMS as FORMS
-from .training import Recipe as Recipe
 from .training import Score as Score
 from .training import evaluate as evaluate
 from .training import fit as fit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .data import Dataset
     from .models import Model
-    from .training import Recipe
+    from .recipe import Recipe
 
 PROG = "python -m gconv.train"
 # As in gconv.MODELS, which would import torch (a test compares them).
@@ -26,7 +26,7 @@ _MODEL_NAMES = (
     "resnet44, p4m-resnet44, g-p4m-resnet44, gc-p4m-resnet44"
 )
 _NEW_RUN_OPTIONS = ("model", "group", "separable", "width")
-_RECIPE_OPTIONS = ("epochs", "seed", "batch_size", "lr", "weight_decay", "all_data", "snapshots")
+_RECIPE_OPTIONS = ("recipe", "epochs", "seed", "batch_size", "lr", "weight_decay", "all_data", "snapshots", "precision")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,10 +37,13 @@ def parser() -> argparse.ArgumentParser:
         "The defaults are the published rotated-MNIST recipe: Adam, learning rate 1e-2, divided by ten after 4/5 of\n"
         "the epochs, weight decay 1e-5, batch 256, 50 epochs, no augmentation. The validation part of the training\n"
         "set is held out and scored after every epoch, unless --all-data is given; the test set is read once, at the\n"
-        "end. The checkpoint is written after every epoch, so that a run that was stopped continues with --resume.",
+        "end. The checkpoint is written after every epoch and when Ctrl-C or SIGTERM ends the run, which continues\n"
+        "with --resume and ends with the same bits. Started by torchrun, its processes share every batch.",
         "  python -m gconv.train rotdigits --model p4cnn --epochs 10\n"
         "  python -m gconv.train rotmnist-regen --model p4cnn --all-data --out p4cnn.pt\n"
+        "  python -m gconv.train rotmnist-regen --model p4cnn --recipe modern --seed 1\n"
         "  python -m gconv.train rotdigits --model p4cnn --group p4m --separable gc_in --width 8\n"
+        "  torchrun --nproc-per-node 2 -m gconv.train rotmnist-regen --model gc-p4cnn\n"
         "  python -m gconv.train rotmnist-regen --resume p4cnn.pt              (continue a run that was stopped)\n"
         "  python -m gconv.train rotdigits --resume converted.pt --epochs 20   (retrain a converted network)",
     )
@@ -49,14 +52,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--group", help="another group than the model's own: z2, p2, p4, pm, pmm, p4m")
     p.add_argument("--separable", metavar="FORM", help="separable layers: g, gc, gc_in, g_turned or gc_turned")
     p.add_argument("--width", type=number(int, 1), help="channels (of a ResNet's first stage), default as published")
+    p.add_argument("--recipe", metavar="NAME", help="published (default) or modern; the options below change it")
     p.add_argument("--epochs", type=number(int, 0), help="default 50")
     p.add_argument("--seed", type=number(int, 0, 10**9), help="of initialisation and data order, default 0")
-    p.add_argument("--batch-size", type=number(int, 2), help="default 256")
+    p.add_argument("--batch-size", type=number(int, 2), help="default 256, or all images if they are fewer")
     p.add_argument("--lr", type=number(float, 0, 1e3), help="learning rate, default 0.01")
     p.add_argument("--weight-decay", type=number(float, 0, 1e3), help="default 1e-5")
     p.add_argument("--all-data", action="store_true", default=None, help="train on the validation part too")
     p.add_argument("--snapshots", metavar="E,E,…", help="also keep the network after these epochs, in half precision")
     p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    p.add_argument("--precision", help="of the passes: float32 (default) or bfloat16 (autocast)")
+    p.add_argument("--compile", action="store_true", help="run the passes through torch.compile")
+    p.add_argument("--history", metavar="FILE", help="also write the history there, one JSON object an epoch and line")
+    p.add_argument("--tensorboard", metavar="DIR", help="also log there for TensorBoard (needs the package)")
     p.add_argument("--resume", metavar="CKPT", help="start from this checkpoint")
     p.add_argument("--out", metavar="FILE", help="default: MODEL-DATASET-seedS.pt (MODEL: or CKPT-retrained)")
     p.add_argument("--force", action="store_true", help="replace --out if it exists")
@@ -79,18 +87,22 @@ class _Run:
     record: dict[str, Any]
     out: Path
     resume: dict[str, Any] | None = None
+    logs: tuple[Callable[[list[dict[str, Any]]], None], ...] = ()
 
-    def save(self, **state: Any) -> None:
+    def save(self, resume: dict[str, Any] | None = None) -> None:
         """Write the checkpoint; the weights are those of now."""
         from .checkpoint import save
+        from .distributed import rank
 
-        save(self.model, self.out, record=self.record, **state)
+        if rank() == 0:
+            save(self.model, self.out, record=self.record, resume=resume)
 
     def snapshot(self, epoch: int) -> None:
         """Keep the network as it is now, if it was asked for after this epoch."""
         from .checkpoint import save
+        from .distributed import rank
 
-        if epoch in self.record["snapshots"]:
+        if epoch in self.record["snapshots"] and rank() == 0:
             path = self.out.with_suffix("") / f"epoch-{epoch:03d}.pt"
             save(self.model, path, record={**self.record, "epoch": epoch}, half=True)
 
@@ -98,15 +110,27 @@ class _Run:
         """Keep everything that a continuation needs."""
         self.record["history"].append(row)
         self.snapshot(row["epoch"])
-        self.save(resume=resume)
+        self.save(resume)
+        for log in self.logs:
+            log(self.record["history"])
 
 
 def _command(args: argparse.Namespace) -> None:
+    from .distributed import joined
+
+    with joined(args.device) as device:
+        _train(args, device)
+
+
+def _train(args: argparse.Namespace, device_name: str) -> None:
     from .checkpoint import read
     from .data import load_dataset
+    from .distributed import processes, rank
+    from .memory import reuse_freed_memory
     from .training import environment, evaluate, fit, pick_device
 
-    device = pick_device(args.device)
+    device = pick_device(device_name)
+    reuse_freed_memory()
     start = None if args.resume is None else read(args.resume)
     if start is not None and start.resume is not None:
         job = _continued(args, start, start.resume)
@@ -120,7 +144,8 @@ def _command(args: argparse.Namespace) -> None:
 
     everything = job.record["trained_on"] != "train"
     split = data.train_and_validation if everything else data.train
-    job.record |= {"train_images": len(split.labels), "environment": environment(device)}
+    job.record |= {"train_images": len(split.labels), "environment": environment(device) | {"processes": processes()}}
+    job.logs = _logs(args) if rank() == 0 else ()
     job.model.to(device)
     if job.resume is None:
         job.snapshot(0)
@@ -134,12 +159,17 @@ def _command(args: argparse.Namespace) -> None:
             validation=None if everything else data.validation,
             resume=job.resume,
             after_epoch=job.after_epoch,
+            on_stop=job.save,
             label=f"{name} on {data.name}",
+            precision=job.record.get("precision", "float32"),
+            compiled=args.compile,
         )
     except KeyboardInterrupt:
-        if job.record["history"]:
+        if job.out.exists():
             print(f"\nto continue: {PROG} {data.name} --resume {job.out}", file=sys.stderr)
         raise
+    if rank() > 0:
+        return
     test = evaluate(job.model, data.test, label="testing")
     job.record |= {"test_error": test.error, "test_loss": test.loss, "test_images": test.images}
     job.save()
@@ -154,7 +184,7 @@ def _command(args: argparse.Namespace) -> None:
 def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, Any]) -> _Run:
     """The unfinished run in a checkpoint, which goes on as it began."""
     from .files import check_output
-    from .training import Recipe
+    from .recipe import Recipe
 
     given = [name for name in (*_NEW_RUN_OPTIONS, *_RECIPE_OPTIONS) if getattr(args, name) is not None]
     if given:
@@ -170,7 +200,7 @@ def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, An
     try:
         recipe = Recipe.from_dict(record["recipe"])
         steady = isinstance(resume["epochs_done"], int) and isinstance(resume["optimizer"], dict)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{args.resume} is inconsistent: its recipe or its state cannot be continued") from error
     if not steady:
         raise InputError(f"{args.resume} is inconsistent: its state cannot be continued")
@@ -179,7 +209,9 @@ def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, An
 
 def _check_new(args: argparse.Namespace) -> Path:
     """Where a new run is written. What is wrong with its options is said before its data is read."""
+    from .errors import one_of
     from .files import check_output
+    from .training import PRECISIONS
 
     if args.resume is not None:
         given = [f"--{name}" for name in _NEW_RUN_OPTIONS if getattr(args, name) is not None]
@@ -194,6 +226,10 @@ def _check_new(args: argparse.Namespace) -> Path:
     out = check_output(name, force=args.force)
     if out.is_dir():
         raise InputError(f"cannot write {out}: it is a directory")
+    if args.history is not None:
+        check_output(args.history, force=args.force)
+    if args.precision not in (None, *PRECISIONS):
+        raise one_of("precision", args.precision, PRECISIONS)
     if _snapshot_epochs(args):
         if not out.suffix:
             raise InputError(f"--snapshots go to the folder named as --out without suffix; {out} has none to lose")
@@ -214,14 +250,15 @@ def _begun(args: argparse.Namespace, start: Checkpoint | None, data: Dataset, ou
     """A new run: of a new network, or of the one in a finished or converted checkpoint."""
     import torch
 
-    from .training import Recipe
-
-    epochs = Recipe.epochs if args.epochs is None else args.epochs
-    recipe = Recipe(
+    images = len(data.train.labels) + (len(data.validation.labels) if args.all_data else 0)
+    named = _recipe(args)
+    epochs = named.epochs if args.epochs is None else args.epochs
+    recipe = replace(
+        named,
         epochs=epochs,
-        batch_size=args.batch_size or Recipe.batch_size,
-        learning_rate=Recipe.learning_rate if args.lr is None else args.lr,
-        weight_decay=Recipe.weight_decay if args.weight_decay is None else args.weight_decay,
+        batch_size=args.batch_size or min(named.batch_size, images),
+        learning_rate=named.learning_rate if args.lr is None else args.lr,
+        weight_decay=named.weight_decay if args.weight_decay is None else args.weight_decay,
         decay_epoch=round(0.8 * epochs),
     )
     seed, channels = args.seed or 0, data.train.images.shape[1]
@@ -242,15 +279,57 @@ def _begun(args: argparse.Namespace, start: Checkpoint | None, data: Dataset, ou
         "snapshots": _snapshot_epochs(args),
         "history": [],
     }
+    if args.precision is not None:
+        record["precision"] = args.precision
     if start is not None:
         record["started_from"] = start.record
     return _Run(model, recipe, record, out)
 
 
-def _snapshot_epochs(args: argparse.Namespace) -> list[int]:
-    from .training import Recipe
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that the options start from."""
+    from .errors import one_of
+    from .recipe import RECIPES
 
-    text, epochs = args.snapshots, Recipe.epochs if args.epochs is None else args.epochs
+    if args.recipe is not None and args.recipe.lower() not in RECIPES:
+        raise one_of("recipe", args.recipe, RECIPES)
+    return RECIPES[(args.recipe or "published").lower()]
+
+
+def _logs(args: argparse.Namespace) -> tuple[Callable[[list[dict[str, Any]]], None], ...]:
+    """What writes the history where it was asked for, whole, after every epoch."""
+    logs: list[Callable[[list[dict[str, Any]]], None]] = []
+    if args.history is not None:
+
+        def write_lines(history: list[dict[str, Any]]) -> None:
+            from .files import atomic_path
+
+            with atomic_path(args.history) as path:
+                path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in history), encoding="utf-8")
+
+        logs.append(write_lines)
+    if args.tensorboard is not None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("--tensorboard needs a package: pip install tensorboard") from error
+        writers: list[Any] = []
+
+        def write_events(history: list[dict[str, Any]]) -> None:
+            row = history[-1]
+            if not writers:  # what a killed run logged after its last checkpoint is discarded
+                writers.append(SummaryWriter(args.tensorboard, purge_step=row["epoch"]))
+            for key, value in row.items():
+                if key != "epoch":
+                    writers[0].add_scalar(key, value, row["epoch"])
+            writers[0].flush()
+
+        logs.append(write_events)
+    return tuple(logs)
+
+
+def _snapshot_epochs(args: argparse.Namespace) -> list[int]:
+    text, epochs = args.snapshots, _recipe(args).epochs if args.epochs is None else args.epochs
     try:
         wanted = sorted({int(item) for item in text.split(",")}) if text else []
     except ValueError:

@@ -4,70 +4,37 @@ from __future__ import annotations
 
 import math
 import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .errors import InputError
+from .augmentation import DRAWS, augment
+from .distributed import processes, rank, sum_over_processes
+from .errors import InputError, one_of
+from .models import Model
 from .modes import evaluating
+from .penalty import tail_energy
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .data import Split
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: Adam under a schedule of its rate. The defaults are the published rotated-MNIST run.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images a step; the last step of an epoch takes what is left.
-        learning_rate: the highest.
-        weight_decay: Adam's L2 penalty.
-        decay_epoch: epochs at the full learning rate, of the schedule ``step``.
-        schedule: ``step``: a tenth of the rate from ``decay_epoch`` on; ``cosine``: the rate rises linearly during the
-            first tenth of all steps and then falls to zero as half a cosine.
-    """
-
-    epochs: int = 50
-    batch_size: int = 256
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-5
-    decay_epoch: int = 40
-    schedule: Literal["step", "cosine"] = "step"
-
-    def rate(self, epoch: int, progress: float = 0.0) -> float:
-        """The learning rate in epoch number ``epoch``, counted from 0, after this share of its steps."""
-        if self.schedule == "step":
-            return self.learning_rate * (0.1 if epoch >= self.decay_epoch else 1.0)
-        done = (epoch + progress) / self.epochs
-        warm = 0.1
-        share = done / warm if done < warm else (1 + math.cos(math.pi * (done - warm) / (1 - warm))) / 2
-        return self.learning_rate * share
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a record."""
-        return {"optimizer": "adam", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """The recipe that :meth:`to_dict` described."""
-        return cls(**{key: value for key, value in data.items() if key != "optimizer"})
-
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of a batch's images, its class scores and its labels: a scalar to minimise."""
 
 
-def _cross_entropy(images: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(scores, labels)
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -106,6 +73,10 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: st
     return Score(loss / count, 100 * wrong / count, count)
 
 
+State = dict[str, Any]
+"""What a continuation needs beside the network: plain data and tensors."""
+
+
 def fit(
     model: nn.Module,
     train: Split,
@@ -113,84 +84,284 @@ def fit(
     *,
     seed: int,
     validation: Split | None = None,
-    loss: Loss = _cross_entropy,
-    resume: dict[str, Any] | None = None,
-    after_epoch: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, resume: None,
-    label: str = "training",
+    loss: Loss | None = None,
+    resume: State | None = None,
+    after_epoch: Callable[[dict[str, Any], State], None] = lambda row, resume: None,
+    on_stop: Callable[[State], None] | None = None,
+    label: str | None = "training",
+    precision: str = "float32",
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train in place, deterministically: the order of images depends on the seed and the epoch's number alone.
+    """Train in place, deterministically: what is drawn depends on the seed and the epoch's number alone.
+
+    In a distributed run (:mod:`gconv.distributed`) every process takes its part of each batch; weights, batch-norm
+    statistics and history are those of one process with the whole batch, to rounding.
 
     Args:
         model: a classifier; it stays on its device.
         train: the images to learn from.
         recipe: how.
-        seed: of the data order (initialisation is the caller's).
+        seed: of the data order and the augmentation (initialisation is the caller's).
         validation: images to score after every epoch, if any.
-        loss: of (images, scores, labels) of a batch.
-        resume: what ``after_epoch`` was given last, to continue an interrupted run.
+        loss: mean over a batch, of (images as seen, scores, labels); by default the recipe's cross-entropy.
+        resume: what ``after_epoch`` or ``on_stop`` was given last, to continue an interrupted run.
         after_epoch: called with the epoch's row of the history and with what a continuation needs.
-        label: what the progress bar on stderr calls the run.
+        on_stop: called with that when SIGINT or SIGTERM ends the run, after the step that is under way; then
+            KeyboardInterrupt is raised. Without it, and in a distributed run, signals do what they always do.
+        label: what the progress bar on stderr calls the run; there is none without it.
+        precision: of the forward pass, ``float32`` or ``bfloat16`` (autocast; the weights stay as they are).
+        compiled: run the forward and backward pass through ``torch.compile``.
 
     Returns:
         The history: one row of plain data per epoch of this call.
 
     Raises:
-        InputError: there are no images, or the loss is no longer finite.
+        InputError: images or labels that the network cannot learn from, a batch larger than the set, a state that does
+            not fit, an unknown precision, or a loss that is no longer finite.
     """
-    if len(train.labels) == 0:
-        raise InputError("the data set has no images to train on")
-    like = next(model.parameters())
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    start = 0
+    check_split(train, model)
+    if (train.labels == train.labels[0]).all():
+        raise InputError(f"all training images have the label {train.labels[0]}; accepted: two classes or more")
+    if recipe.batch_size > len(train.labels):
+        raise InputError(
+            f"a batch of {recipe.batch_size} is larger than the training set of {len(train.labels)} images"
+        )
+    if validation is not None:
+        check_split(validation, model)
+    run = _Fit(model, train, recipe, seed, loss or _cross_entropy(recipe), precision, compiled)
     if resume is not None:
-        try:
-            optimizer.load_state_dict(resume["optimizer"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"the state of the optimizer does not fit the network: {error}") from error
-        start = resume["epochs_done"]
-    images, labels = train.images.to(like), train.labels.to(like.device)
-    steps = len(_batches(torch.arange(len(labels)), recipe.batch_size))
-    history: list[dict[str, Any]] = []
+        run.restore(resume)
+    stop = _Stop(on_stop is not None and processes() == 1)
+    total, done = recipe.epochs * run.steps, run.epoch * run.steps + run.step
     # disable=None: no bar where stderr is not a terminal; one line an epoch is printed there instead.
-    bar = tqdm(total=recipe.epochs * steps, initial=start * steps, desc=label, unit="step", disable=None, leave=False)
-    with bar:
-        for epoch in range(start, recipe.epochs):
-            began = time.perf_counter()
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(len(labels), generator=generator).to(like.device)
-            model.train()
-            loss_sum = wrong = 0.0
-            for step, batch in enumerate(_batches(order, recipe.batch_size)):
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = recipe.rate(epoch, step / steps)
-                scores = model(images[batch])
-                value = loss(images[batch], scores, labels[batch])
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
-                loss_sum += value.item() * len(batch)
-                wrong += (scores.argmax(1) != labels[batch]).sum().item()
+    silent = label is None or rank() > 0
+    bar = tqdm(total=total, initial=done, desc=label, unit="step", disable=silent or None, leave=False)
+    history: list[dict[str, Any]] = []
+    with bar, stop.listening():
+        while run.epoch < recipe.epochs:
+            for _ in run.epoch_steps():
                 bar.update()
-            row: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "learning_rate": recipe.rate(epoch),
-                "train_loss": loss_sum / len(labels),
-                "train_error": 100 * wrong / len(labels),
-            }
-            if not torch.isfinite(torch.tensor(row["train_loss"])):
-                what = f"{label} diverged in epoch {epoch + 1}: the loss is {row['train_loss']}"
-                raise InputError(f"{what}; try a smaller learning rate")
-            if validation is not None:
-                row["validation_error"] = evaluate(model, validation).error
-            row["seconds"] = round(time.perf_counter() - began, 2)
-            history.append(row)
-            measured = [key for key in row if key.endswith(("loss", "error"))]
-            shown = ", ".join(f"{key.replace('_', ' ')} {row[key]:.4g}" for key in measured)
-            bar.set_postfix_str(shown)
-            if bar.disable:
-                print(f"{label}: epoch {epoch + 1}/{recipe.epochs}, {shown}, {row['seconds']:.1f} s", file=sys.stderr)
-            after_epoch(row, {"optimizer": optimizer.state_dict(), "epochs_done": epoch + 1})
+                if not math.isfinite(run.last_loss):
+                    what = f"{label or 'training'} diverged in epoch {run.epoch + 1}: the loss is {run.last_loss}"
+                    raise InputError(f"{what}; try a smaller learning rate")
+                if stop.asked and run.step < run.steps:
+                    assert on_stop is not None
+                    with run.averaged():
+                        on_stop(run.state())
+                    raise KeyboardInterrupt
+            with run.averaged():
+                row = run.finish_epoch(validation)
+                history.append(row)
+                measured = [key for key in row if key.endswith(("loss", "error"))]
+                shown = ", ".join(f"{key.replace('_', ' ')} {row[key]:.4g}" for key in measured)
+                bar.set_postfix_str(shown)
+                if bar.disable and not silent:
+                    print(
+                        f"{label}: epoch {run.epoch}/{recipe.epochs}, {shown}, {row['seconds']:.1f} s", file=sys.stderr
+                    )
+                after_epoch(row, run.state())
+            if stop.asked and run.epoch < recipe.epochs:
+                raise KeyboardInterrupt
+        run.keep_average()
     return history
+
+
+def check_split(split: Split, model: nn.Module) -> None:
+    """Whether a network can learn from these images, or be scored on them.
+
+    Raises:
+        InputError: no images, not one label an image, images of another shape than the network takes, NaN or infinite
+            pixels, or labels that are not whole numbers in the range of its class scores.
+    """
+    images, labels = split
+    if len(images) == 0:
+        raise InputError("the data set has no images")
+    if labels.shape != (len(images),) or labels.is_floating_point():
+        given = f"{len(images):,} images and labels {list(labels.shape)} of {labels.dtype}"
+        raise InputError(f"{given}; accepted: one whole number an image")
+    if not images.isfinite().all():
+        first = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise InputError(f"image number {first} has NaN or infinite pixels; accepted: finite numbers")
+    with evaluating(model), torch.no_grad():
+        try:
+            classes = model(images[:1].to(next(model.parameters()))).shape[1]
+        except (IndexError, RuntimeError, InputError) as error:
+            accepted = f"; it takes {list(model.input_shape)}" if isinstance(model, Model) else f": {error}"
+            raise InputError(f"the network cannot take images {list(images.shape[1:])}{accepted}") from error
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"labels go from {labels.min()} to {labels.max()}; accepted: 0 to {classes - 1}")
+
+
+def _cross_entropy(recipe: Recipe) -> Loss:
+    return lambda images, scores, labels: F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing)
+
+
+class _Stop:
+    """Whether SIGINT or SIGTERM came, while it listens: a network is not left in the middle of a step."""
+
+    def __init__(self, listens: bool) -> None:
+        self.asked = False
+        self._listens = listens and threading.current_thread() is threading.main_thread()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if not self._listens:
+            yield
+            return
+        before = {name: signal.signal(name, self._note) for name in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:  # a second time: at once
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _Fit:
+    """A training run between two of its steps: network, optimizer, position, and what was summed up in the epoch."""
+
+    def __init__(
+        self, model: nn.Module, train: Split, recipe: Recipe, seed: int, loss: Loss, precision: str, compiled: bool
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise one_of("precision", precision, PRECISIONS)
+        like = next(model.parameters())
+        self.model, self.recipe, self.seed, self.loss = model, recipe, seed, loss
+        self.images, self.labels = train.images.to(like), train.labels.to(like.device)
+        self.device = like.device
+        self.autocast = precision == "bfloat16"
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.forward: Callable[[Tensor], Tensor] = model
+        if processes() > 1:
+            # The batch norms see to their statistics themselves.
+            self.forward = DistributedDataParallel(model, broadcast_buffers=False)
+        if compiled:
+            self.forward = torch.compile(self.forward)
+        self.steps = len(_batches(torch.arange(len(self.labels)), recipe.batch_size))
+        self.average = [value.clone() for value in self._averageable()] if recipe.averaging else []
+        self.epoch = self.step = 0
+        self.loss_sum, self.wrong, self.seconds = 0.0, 0, 0.0
+        self.last_loss = 0.0
+
+    def epoch_steps(self) -> Iterator[None]:
+        """The rest of the steps of this epoch, one after the other."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        draws = torch.rand(len(order), DRAWS, generator=generator)
+        batches = _batches(order, self.recipe.batch_size)
+        if len(batches[-1]) < processes():
+            raise InputError(
+                f"the last batch has {len(batches[-1])} images for {processes()} processes; take another size"
+            )
+        self.model.train()
+        for batch in batches[self.step :]:
+            began = time.perf_counter()
+            self._step(batch, draws[batch])
+            self.step += 1
+            self.seconds += time.perf_counter() - began
+            yield
+
+    def _step(self, batch: Tensor, draws: Tensor) -> None:
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.recipe.rate(self.epoch, self.step / self.steps)
+        mine = torch.arange(len(batch)).tensor_split(processes())[rank()]
+        which = batch[mine].to(self.device)
+        images, labels = augment(self.images[which], draws[mine], self.recipe.augmentation), self.labels[which]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            scores = self.forward(images)
+        scores = scores.to(self.images.dtype)
+        value = self.loss(images, scores, labels)
+        if self.recipe.separability:
+            value = value + self.recipe.separability * tail_energy(self.model, self.recipe.separability_form)
+        self.optimizer.zero_grad(set_to_none=True)
+        # The mean over processes, which is what their gradients are combined by, is that over the images.
+        (value * (len(mine) * processes() / len(batch))).backward()
+        self.optimizer.step()
+        self.last_loss = value.item()
+        self.loss_sum += self.last_loss * len(mine)
+        self.wrong += int((scores.argmax(1) != labels).sum())
+        if self.average:
+            number = self.epoch * self.steps + self.step
+            decay = min(self.recipe.averaging, (1 + number) / (10 + number))  # the first steps are soon forgotten
+            with torch.no_grad():
+                for kept, value in zip(self.average, self._averageable(), strict=True):
+                    kept.lerp_(value, 1 - decay)
+
+    def finish_epoch(self, validation: Split | None) -> dict[str, Any]:
+        """The row of the history; the next epoch begins."""
+        began = time.perf_counter()
+        images = len(self.labels)
+        summed = sum_over_processes(torch.tensor([self.loss_sum, self.wrong], dtype=torch.float64, device=self.device))
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "learning_rate": self.recipe.rate(self.epoch),
+            "train_loss": summed[0].item() / images,
+            "train_error": 100 * summed[1].item() / images,
+        }
+        if validation is not None:
+            row["validation_error"] = evaluate(self.model, validation).error
+        row["seconds"] = round(self.seconds + time.perf_counter() - began, 2)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.wrong, self.seconds = 0.0, 0, 0.0
+        return row
+
+    def state(self) -> State:
+        """Everything that a continuation needs beside the network's state."""
+        state: State = {"optimizer": self.optimizer.state_dict(), "epochs_done": self.epoch}
+        if self.step:
+            partial = {"step": self.step, "loss_sum": self.loss_sum, "wrong": self.wrong, "seconds": self.seconds}
+            state["partial_epoch"] = partial
+        if self.average:
+            state["weights"] = self.average  # within averaged(), the two have changed places
+        return state
+
+    def restore(self, state: State) -> None:
+        """Go on from there; the network has its weights already.
+
+        Raises:
+            InputError: the state does not fit.
+        """
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch = int(state["epochs_done"])
+            partial = state.get("partial_epoch", {})
+            self.step, self.loss_sum = int(partial.get("step", 0)), float(partial.get("loss_sum", 0.0))
+            self.wrong, self.seconds = int(partial.get("wrong", 0)), float(partial.get("seconds", 0.0))
+            if self.average:
+                with torch.no_grad():
+                    for kept, value, now in zip(self.average, self._averageable(), state["weights"], strict=True):
+                        kept.copy_(value)
+                        value.copy_(now)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"the state of the run does not fit the network and its recipe: {error}") from error
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For a while, the network has its averaged weights, if it has any."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def keep_average(self) -> None:
+        """The averaged weights for good."""
+        self._exchange()
+        self.average = []
+
+    def _exchange(self) -> None:
+        with torch.no_grad():
+            for kept, value in zip(self.average, self._averageable() if self.average else [], strict=True):
+                now = value.clone()
+                value.copy_(kept)
+                kept.copy_(now)
+
+    def _averageable(self) -> list[Tensor]:
+        return [value.detach() for value in self.model.state_dict().values() if value.is_floating_point()]
 
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:

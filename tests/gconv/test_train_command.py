@@ -20,8 +20,9 @@ from gconv import checkpoint, data, training
 from gconv.conv import SeparableGConv2d
 from gconv.data import Dataset, Split, load_dataset
 from gconv.models import MODELS, Model, create_model
+from gconv.recipe import Recipe
 from gconv.train import main
-from gconv.training import Recipe, evaluate, fit
+from gconv.training import evaluate, fit
 
 SMALL = ("rotdigits", "--model", "p4cnn", "--width", "2")
 TIMELESS = ("seconds", "environment")
@@ -138,11 +139,12 @@ def test_a_run_on_the_embedded_digits(monkeypatch, train, digits):
 def test_the_defaults_are_the_published_recipe_and_the_library_does_the_same(train, few):
     assert train(*SMALL).code == 0
     saved = checkpoint.read("p4cnn-rotdigits-seed0.pt")
-    assert saved.record["recipe"] == Recipe().to_dict()
+    recipe = replace(Recipe(), batch_size=60)  # all there are
+    assert saved.record["recipe"] == recipe.to_dict()
     assert [row["epoch"] for row in saved.record["history"]] == list(range(1, 51))
     torch.manual_seed(0)
     model = create_model("p4cnn", width=2)
-    history = fit(model, few.train, Recipe(), seed=0, validation=few.validation)
+    history = fit(model, few.train, recipe, seed=0, validation=few.validation)
     assert equal(saved.model, model)
     assert timeless(saved.record["history"]) == timeless(history)
 
@@ -181,7 +183,7 @@ def test_all_data_trains_on_the_validation_images_too(train, few):
     assert not any("validation_error" in row for row in saved.record["history"])
     torch.manual_seed(0)
     model = create_model("p4cnn", width=2)
-    fit(model, few.train_and_validation, Recipe(epochs=2, decay_epoch=2), seed=0)
+    fit(model, few.train_and_validation, Recipe(epochs=2, batch_size=80, decay_epoch=2), seed=0)
     assert equal(saved.model, model)
 
 
@@ -319,7 +321,7 @@ def test_a_converted_network_is_retrained_as_it_is(train, few):
 
     again = checkpoint.read("converted-retrained-rotdigits-seed4.pt")
     model = checkpoint.load("converted.pt")
-    recipe = Recipe(epochs=2, learning_rate=0.003, decay_epoch=2)
+    recipe = Recipe(epochs=2, batch_size=60, learning_rate=0.003, decay_epoch=2)
     fit(model, few.train, recipe, seed=4)
     assert repr(again.model) == repr(model)
     assert equal(again.model, model)

@@ -16,7 +16,8 @@ from gconv.checkpoint import read, save
 from gconv.data import Split
 from gconv.errors import InputError
 from gconv.models import Model, create_model
-from gconv.training import Recipe, environment, evaluate, fit, pick_device
+from gconv.recipe import Recipe
+from gconv.training import environment, evaluate, fit, pick_device
 
 SHORT = Recipe(epochs=4, batch_size=10, decay_epoch=3)
 
@@ -140,7 +141,7 @@ def test_fit_is_adam_with_one_step_down_on_every_image_once_an_epoch():
     """Against a loop written out with PyTorch's own scheduler, and images counted as the network sees them."""
     seen: list[Tensor] = []
     model = network()
-    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = model.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]) if net.training else None)
     recipe = Recipe(epochs=3, batch_size=10, learning_rate=3e-3, weight_decay=0.1, decay_epoch=2)
     history = fit(model, TRAIN, recipe, seed=5)
     hook.remove()
@@ -191,18 +192,15 @@ def test_the_history_says_what_was_measured(capsys):
     assert [line.split(",")[0] for line in err.splitlines()] == [f"the run: epoch {i}/4" for i in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("poison", ["rate", "image"])
-def test_divergence_is_told_at_once(poison):
-    split = TRAIN if poison == "rate" else Split(TRAIN.images.clone().fill_(float("nan")), TRAIN.labels)
-    rate = 1e30 if poison == "rate" else 1e-2
+def test_divergence_is_told_at_once():
     with pytest.raises(InputError, match=r"^cnn diverged in epoch 1: the loss is (nan|inf); try a smaller") as caught:
-        fit(network(), split, Recipe(epochs=9, batch_size=6, learning_rate=rate), seed=0, label="cnn")
+        fit(network(), TRAIN, Recipe(epochs=9, batch_size=6, learning_rate=1e30), seed=0, label="cnn")
     assert "\n" not in str(caught.value)
 
 
 def test_no_images_are_refused():
     empty = Split(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.int64))
-    with pytest.raises(InputError, match="no images to train on"):
+    with pytest.raises(InputError, match=r"the data set has no images$"):
         fit(network(), empty, SHORT, seed=0)
     with pytest.raises(InputError, match="no images to evaluate on"):
         evaluate(network(), empty)

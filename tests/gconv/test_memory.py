@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis.memory import forward_memory
 from gconv import GConv2d
+from gconv.memory import forward_memory
 
 few = settings(max_examples=20, deadline=None)
 widths = st.lists(st.integers(1, 50), min_size=2, max_size=6)

@@ -1,0 +1,39 @@
+"""Training images as they could also have been taken: turned, and a little moved, scaled and sheared."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DRAWS = 6
+"""How many random numbers an image takes."""
+_SCALE = _SHEAR = 0.1
+_SHIFT = 1 / 14
+
+
+def augment(images: Tensor, draws: Tensor, kind: str) -> Tensor:
+    """Every image under a map of its own, bilinear and with zeros from outside.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        draws: ``[N, 6]`` numbers in [0, 1): angle, scale, two shears and two shifts.
+        kind: ``none``, ``rotation`` or ``affine`` (:class:`gconv.Recipe`).
+    """
+    if kind == "none":
+        return images
+    draws = draws.to(images)
+    angle = 2 * math.pi * draws[:, 0]
+    cos, sin = angle.cos(), angle.sin()
+    matrix = torch.stack((cos, -sin, sin, cos), 1).view(-1, 2, 2)
+    shift = torch.zeros_like(draws[:, :2])
+    if kind == "affine":
+        scale, *shear = (2 * draws[:, 1:4] - 1).unbind(1)
+        one = torch.ones_like(scale)
+        sheared = torch.stack((one, _SHEAR * shear[0], _SHEAR * shear[1], one), 1).view(-1, 2, 2)
+        matrix = matrix @ sheared * (1 + _SCALE * scale)[:, None, None]
+        shift = 2 * _SHIFT * (2 * draws[:, 4:] - 1)  # the image is two units wide
+    grid = F.affine_grid(torch.cat((matrix, shift[:, :, None]), 2), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

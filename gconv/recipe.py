@@ -1,0 +1,91 @@
+"""Recipes: how a network is trained, as plain data, and the named ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import InputError, one_of
+
+SCHEDULES = ("step", "cosine")
+AUGMENTATIONS = ("none", "rotation", "affine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: Adam under a schedule of its rate. The defaults are the published rotated-MNIST run.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images a step; the last step of an epoch takes what is left.
+        learning_rate: the highest.
+        weight_decay: Adam's L2 penalty.
+        decay_epoch: epochs at the full learning rate, of the schedule ``step``.
+        schedule: ``step``: a tenth of the rate from ``decay_epoch`` on; ``cosine``: the rate rises linearly during the
+            first tenth of all steps and then falls to zero as half a cosine.
+        augmentation: ``none``; ``rotation`` by a random angle; or ``affine``: that, and scaled and sheared by up to a
+            tenth and moved by up to a fourteenth of the image. Another draw for every image and epoch.
+        label_smoothing: share of the target that is spread evenly over the classes (Szegedy et al., 2016).
+        averaging: decay a step of the exponential average of all weights and batch-norm statistics, which is what is
+            scored and kept; 0 for none.
+        separability: weight of the penalty on what rank 1 of ``separability_form`` leaves out (:mod:`gconv.penalty`).
+        separability_form: one of ``gconv.FORMS``.
+    """
+
+    epochs: int = 50
+    batch_size: int = 256
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-5
+    decay_epoch: int = 40
+    schedule: str = "step"
+    augmentation: str = "none"
+    label_smoothing: float = 0.0
+    averaging: float = 0.0
+    separability: float = 0.0
+    separability_form: str = "gc"
+
+    def __post_init__(self) -> None:
+        for what, given, accepted in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("augmentation", self.augmentation, AUGMENTATIONS),
+        ):
+            if given not in accepted:
+                raise one_of(what, given, accepted)
+        for what, share in (("label_smoothing", self.label_smoothing), ("averaging", self.averaging)):
+            if not 0 <= share < 1:
+                raise InputError(f"{what} is {share!r}; accepted: 0 to below 1")
+
+    def rate(self, epoch: int, progress: float = 0.0) -> float:
+        """The learning rate in epoch number ``epoch``, counted from 0, after this share of its steps."""
+        if self.schedule == "step":
+            return self.learning_rate * (0.1 if epoch >= self.decay_epoch else 1.0)
+        done = (epoch + progress) / self.epochs
+        warm = 0.1
+        share = done / warm if done < warm else (1 + math.cos(math.pi * (done - warm) / (1 - warm))) / 2
+        return self.learning_rate * share
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a record: what a run has in common with every other, and the rest where it is not default."""
+        always = ("epochs", "batch_size", "learning_rate", "weight_decay", "decay_epoch", "schedule")
+        default = Recipe()
+        used = {key: value for key, value in asdict(self).items() if key in always or value != getattr(default, key)}
+        return {"optimizer": "adam", **used}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """The recipe that :meth:`to_dict` described.
+
+        Raises:
+            InputError: there is something else in it.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := set(data) - known - {"optimizer"}:
+            raise InputError(f"a recipe has no {', '.join(sorted(unknown))}; accepted: {', '.join(sorted(known))}")
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+RECIPES: dict[str, Recipe] = {
+    "published": Recipe(),
+}
+"""The recipes that go by a name."""

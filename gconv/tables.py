@@ -1,0 +1,140 @@
+"""The tables of :mod:`gconv.experiments`, made from its records, beside the published numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .experiments import TABLE
+
+Record = dict[str, Any]
+Rows = list[dict[str, str]]
+
+
+class Published(NamedTuple):
+    """A row of Lengyel & van Gemert (ICIP 2021), table 1: on the official rotated MNIST archive.
+
+    Attributes:
+        error: mean test error in per cent.
+        deviation: its standard deviation over seeds.
+        parameters: of the network.
+        macs: millions of multiply-accumulates of an image.
+        memory: MB of a forward and a backward pass at batch 2.
+    """
+
+    error: float
+    deviation: float
+    parameters: int
+    macs: float
+    memory: float
+
+
+PUBLISHED = {
+    "z2cnn": Published(5.20, 0.110, 25_210, 2.98, 0.84),
+    "c-z2cnn": Published(4.64, 0.126, 25_603, 4.14, 2.60),
+    "p4cnn": Published(2.23, 0.061, 24_810, 11.67, 2.03),
+    "g-p4cnn-small": Published(2.60, 0.098, 8_910, 4.37, 5.23),
+    "g-p4cnn": Published(1.97, 0.044, 25_255, 12.34, 13.84),
+    "gc-p4cnn-small": Published(2.88, 0.169, 3_420, 1.80, 1.88),
+    "gc-p4cnn": Published(1.74, 0.070, 24_640, 13.01, 5.83),
+}
+_MB = 10**6
+
+
+def rotmnist(records: Sequence[Record]) -> Rows:
+    """The paper's first table: a row for each model, whether it has records or not."""
+    rows = []
+    for model, published in PUBLISHED.items():
+        own = [record for record in records if _is(record, model)]
+        errors = [record["test_error"] for record in own]
+        row = {
+            "model": model,
+            "seeds": str(len(own)),
+            "test error": spread(errors),
+            "published": f"{published.error:.2f} ± {published.deviation:.2f} %",
+            "within 3 deviations, or better": "",
+            "parameters": "",
+            "MACs (published)": "",
+            "MACs as executed": "",
+            "memory, batch 2 (published)": "",
+            "minutes a run": "",
+        }
+        if own:
+            good = statistics.mean(errors) <= published.error + 3 * published.deviation
+            memory = own[0]["training_memory_batch_2"] / _MB
+            row |= {
+                "within 3 deviations, or better": "yes" if good else "no",
+                "parameters": f"{own[0]['parameters']:,}",
+                "MACs (published)": f"{own[0]['macs_published'] / 1e6:.2f} M ({published.macs:.2f} M)",
+                "MACs as executed": f"{own[0]['macs_executed'] / 1e6:.2f} M",
+                "memory, batch 2 (published)": f"{memory:.2f} MB ({published.memory:.2f} MB)",
+                "minutes a run": f"{statistics.median(r['seconds']['training'] for r in own) / 60:.0f}",
+            }
+        rows.append(row)
+    return rows
+
+
+def data_efficiency(records: Sequence[Record]) -> Rows:
+    """Test error by the number of training images, with epochs and steps: a row for each number."""
+    points = efficiency(records)
+    models = [model for model in TABLE if any(model in by_model for by_model in points.values())]
+    rows = []
+    for images, by_model in points.items():
+        one = next(iter(by_model.values()))[0]
+        row = {"images": f"{images:,}", "epochs": str(one["recipe"]["epochs"]), "steps": f"{one['steps']:,}"}
+        for model in models:
+            own = by_model.get(model, [])
+            row[model] = spread([record["test_error"] for record in own]) + (f" ({len(own)})" if own else "")
+        rows.append(row)
+    return rows
+
+
+def efficiency(records: Sequence[Record]) -> dict[int, dict[str, list[Record]]]:
+    """The records of the data-efficiency experiment by number of images and by model."""
+    models = {model for model in TABLE if any(r["run"].images is not None for r in records if r["run"].model == model)}
+    points: dict[int, dict[str, list[Record]]] = {}
+    for record in sorted(records, key=lambda record: record["train_images"]):
+        run = record["run"]
+        if run.model in models and _is(record, run.model, run.images):
+            points.setdefault(record["train_images"], {}).setdefault(run.model, []).append(record)
+    return points
+
+
+def _is(record: Record, model: str, images: int | None = None) -> bool:
+    run = record["run"]
+    alike = (run.model, run.recipe, run.images, run.epochs, run.held_out)
+    return alike == (model, "published", images, None, False)
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], Rows]] = {"rotmnist": rotmnist, "data-efficiency": data_efficiency}
+
+
+def table(experiment: str, records: Sequence[Record]) -> Rows:
+    """The rows of an experiment's table, from all records on one data set."""
+    return TABLES[experiment](records)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation (of n - 1) in per cent."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} %"
+
+
+def as_markdown(rows: Rows) -> str:
+    """Rows of the same keys as a Markdown table."""
+    lines = [tuple(rows[0]), ("---",) * len(rows[0]), *(tuple(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_csv(rows: Rows) -> str:
+    """Rows of the same keys as comma-separated values with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
