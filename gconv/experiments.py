@@ -61,6 +61,7 @@ class Run:
 
 
 TABLE = ("z2cnn", "c-z2cnn", "p4cnn", "g-p4cnn-small", "g-p4cnn", "gc-p4cnn-small", "gc-p4cnn")
+INGREDIENTS = ("published", "cosine", "small-batch", "rotation", "affine", "averaged", "smoothed")  # gconv.INGREDIENTS
 IMAGES = (120, 300, 600, 1200, 3000, 6000)
 EXPERIMENTS: dict[str, Callable[[str, int], list[Run]]] = {
     "rotmnist": lambda data, seeds: [Run(model, seed, data) for seed in range(seeds) for model in TABLE],
@@ -69,6 +70,14 @@ EXPERIMENTS: dict[str, Callable[[str, int], list[Run]]] = {
         for seed in range(seeds)
         for images in (*IMAGES, None)
         for model in ("z2cnn", "p4cnn", "gc-p4cnn")
+    ],
+    "recipes": lambda data, seeds: [
+        Run("p4cnn", seed, data, recipe=recipe, epochs=30, held_out=True)
+        for seed in range(seeds)
+        for recipe in INGREDIENTS
+    ],
+    "modern": lambda data, seeds: [
+        Run(model, seed, data, recipe="modern") for seed in range(seeds) for model in ("p4cnn", "gc-p4cnn")
     ],
 }
 """The experiments by name: what they run on a data set, with that many seeds; the first seeds come first."""
