@@ -81,14 +81,14 @@ def finetune(
         weight_decay=0.0,
         schedule="cosine",
     )
-    with _Loss(student, teacher, layers, distillation) as loss:
+    with DistilledLoss(student, teacher, layers, distillation) as loss:
         history = fit(
             student, train, recipe, seed=seed, loss=loss, resume=resume, after_epoch=after_epoch, label="fine-tuning"
         )
     return {**recipe.to_dict(), "distillation": asdict(distillation), "history": history}
 
 
-class _Loss:
+class DistilledLoss:
     """The loss of a batch; keeps the outputs of the layers of both networks while it is entered."""
 
     def __init__(
@@ -99,7 +99,7 @@ class _Loss:
         self.layers = tuple(layers) if distillation.target == "layers" else ()
         self.hooks: list[Any] = []
 
-    def __enter__(self) -> _Loss:
+    def __enter__(self) -> DistilledLoss:
         for network, kept in self.outputs.items():
             for name in self.layers:
                 self.hooks.append(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gconv
-from analysis.finetuning import Distillation, _Loss, finetune
+from analysis.finetuning import Distillation, DistilledLoss, finetune
 from gconv.errors import InputError
 
 
@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_docstring(weight, temperature, seed):
     scores, wanted = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) * 3
     labels = torch.tensor([0, 4, 2, 2])
     how = Distillation(weight, temperature)
-    with _Loss(Fixed(scores), Fixed(wanted), [], how) as loss:
+    with DistilledLoss(Fixed(scores), Fixed(wanted), [], how) as loss:
         got = loss(torch.empty(4, 1), scores, labels)
     torch.testing.assert_close(got, slow_loss(scores, wanted, labels, how), rtol=1e-10, atol=1e-12)
 
@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_the_docstring(weight, temperature, seed):
 def test_the_teachers_own_scores_cost_nothing(networks, train):
     _, teacher = networks
     scores = teacher.eval()(train.images)
-    with _Loss(copy.deepcopy(teacher), teacher, [], Distillation(weight=1.0)) as loss:
+    with DistilledLoss(copy.deepcopy(teacher), teacher, [], Distillation(weight=1.0)) as loss:
         assert loss(train.images, scores, train.labels).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_the_target_layers_adds_the_relative_error_of_every_layer(networks, trai
     ]
     how = Distillation(weight=0.7, target="layers")
     expected = slow_loss(scores, wanted, labels, how) + 0.7 * sum(errors) / len(names)
-    with _Loss(student, teacher, names, how) as loss:
+    with DistilledLoss(student, teacher, names, how) as loss:
         torch.testing.assert_close(loss(images, student(images), labels), expected, rtol=1e-9, atol=0)
     assert not any(module._forward_hooks for network in networks for module in network.modules())
 
@@ -95,7 +95,7 @@ def test_the_target_layers_adds_the_relative_error_of_every_layer(networks, trai
 def test_without_weight_the_teacher_is_not_asked(networks, train):
     student, teacher = networks
     teacher.forward = None  # would raise
-    with _Loss(student, teacher, [], Distillation(weight=0.0)) as loss:
+    with DistilledLoss(student, teacher, [], Distillation(weight=0.0)) as loss:
         scores = student(train.images)
         torch.testing.assert_close(loss(train.images, scores, train.labels), F.cross_entropy(scores, train.labels))
 
@@ -124,7 +124,7 @@ def test_the_teachers_batch_norm_uses_its_running_statistics(networks, train):
     student, teacher = networks
     teacher.train()
     expected = copy.deepcopy(teacher).eval()(train.images)
-    with _Loss(student, teacher, [], Distillation(weight=1.0)) as loss:
+    with DistilledLoss(student, teacher, [], Distillation(weight=1.0)) as loss:
         assert loss(train.images, expected, train.labels).item() == pytest.approx(0, abs=1e-6)
 
 
