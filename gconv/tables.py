@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .experiments import TABLE
+from .errors import InputError
+from .experiments import INGREDIENTS, TABLE
 
 Record = dict[str, Any]
 Rows = list[dict[str, str]]
@@ -48,7 +49,7 @@ def rotmnist(records: Sequence[Record]) -> Rows:
     """The paper's first table: a row for each model, whether it has records or not."""
     rows = []
     for model, published in PUBLISHED.items():
-        own = [record for record in records if _is(record, model)]
+        own = [record for record in records if is_published(record, model)]
         errors = [record["test_error"] for record in own]
         row = {
             "model": model,
@@ -98,23 +99,81 @@ def efficiency(records: Sequence[Record]) -> dict[int, dict[str, list[Record]]]:
     points: dict[int, dict[str, list[Record]]] = {}
     for record in sorted(records, key=lambda record: record["train_images"]):
         run = record["run"]
-        if run.model in models and _is(record, run.model, run.images):
+        if run.model in models and is_published(record, run.model, run.images):
             points.setdefault(record["train_images"], {}).setdefault(run.model, []).append(record)
     return points
 
 
-def _is(record: Record, model: str, images: int | None = None) -> bool:
+def is_published(record: Record, model: str, images: int | None = None) -> bool:
+    """Whether a record is of this model by the published recipe, on so many of the images or, if None, all."""
     run = record["run"]
     alike = (run.model, run.recipe, run.images, run.epochs, run.held_out)
     return alike == (model, "published", images, None, False)
 
 
-TABLES: dict[str, Callable[[Sequence[Record]], Rows]] = {"rotmnist": rotmnist, "data-efficiency": data_efficiency}
+def recipes(records: Sequence[Record]) -> Rows:
+    """Validation error of P4CNN by recipe: what each ingredient brings."""
+    rows = []
+    for recipe in INGREDIENTS:
+        own = [r for r in records if r["run"].recipe == recipe and r["run"].held_out and r["run"].model == "p4cnn"]
+        if own:
+            errors = [record["validation_error"] for record in own]
+            last = [record["history"][-1]["train_error"] for record in own]
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "epochs": str(own[0]["recipe"]["epochs"]),
+                    "seeds": str(len(own)),
+                    "validation error": spread(errors),
+                    "training error, last epoch": spread(last),
+                }
+            )
+    return rows
+
+
+def modern(records: Sequence[Record]) -> Rows:
+    """Test error by the published and by the modern recipe."""
+    rows = []
+    for model in ("p4cnn", "gc-p4cnn"):
+        for recipe in ("published", "modern"):
+            alike = (recipe, None, None, False)
+            own = [
+                record
+                for record in records
+                if (run := record["run"]).model == model and (run.recipe, run.images, run.epochs, run.held_out) == alike
+            ]
+            if own:
+                rows.append(
+                    {
+                        "model": model,
+                        "recipe": recipe,
+                        "parameters": f"{own[0]['parameters']:,}",
+                        "epochs": str(own[0]["recipe"]["epochs"]),
+                        "seeds": str(len(own)),
+                        "test error": spread([record["test_error"] for record in own]),
+                    }
+                )
+    return rows
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], Rows]] = {
+    "rotmnist": rotmnist,
+    "data-efficiency": data_efficiency,
+    "recipes": recipes,
+    "modern": modern,
+}
 
 
 def table(experiment: str, records: Sequence[Record]) -> Rows:
-    """The rows of an experiment's table, from all records on one data set."""
-    return TABLES[experiment](records)
+    """The rows of an experiment's table, from all records on one data set.
+
+    Raises:
+        InputError: none of them are of that experiment.
+    """
+    rows = TABLES[experiment](records)
+    if not rows:
+        raise InputError(f"there are no records of {experiment}; run it first")
+    return rows
 
 
 def spread(values: Sequence[float]) -> str:
