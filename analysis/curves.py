@@ -59,6 +59,8 @@ def plot_training(records: Sequence[Record]) -> Figure:
                 axis.plot(epochs, [row[key] for row in record["history"]], color=colour, lw=1.3, label=model)
     for axis, label in zip(axes, ("training loss", "training error (%)"), strict=True):
         axis.set(yscale="log", xlabel="epoch", ylabel=label)
+    axes[1].set_yscale("symlog", linthresh=0.01)  # it reaches zero
+    axes[1].set_ylim(bottom=0)
     axes[1].yaxis.set_major_formatter(FormatStrFormatter("%g"))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

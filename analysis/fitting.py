@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gconv.conv import GConv2d, SeparableGConv2d
-from gconv.separable import FORMS, Form
+from gconv.separable import FORMS, FilterShape, Form
 
 from .moments import Moments
 
@@ -28,7 +28,9 @@ PRIOR = 1e-3
 _FLOOR = 1e-10  # relative to the largest eigenvalue: below this a direction is rounding
 _LEAST_WEIGHT = 1e-2  # relative to the mean: no channel is given up, the estimate of its weight may be wrong
 _FIRST_STEPS = 5  # before one of the two starts is dropped
-_CHUNK = 2**24  # numbers in one block of normal equations
+ROUNDS_WORK = 10**11
+"""Multiply-accumulates of the default number of rounds. The first rounds gain the most, so large layers end early."""
+_ROUNDS = (5, 100)  # at least and at most
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def fit(
     moments: Moments,
     *,
     weights: Tensor | None = None,
-    steps: int = 100,
+    steps: int | None = None,
     tolerance: float = 1e-5,
     prior: float = PRIOR,
 ) -> Fit:
@@ -73,7 +75,8 @@ def fit(
         moments: from :func:`analysis.moments.collect_moments`.
         weights: ``[O]``, what an error in a channel costs (:func:`analysis.moments.channel_weights`); by default every
             channel counts relative to its own power, as a batch norm after it would see it.
-        steps: at most so many rounds of the two least-squares problems.
+        steps: at most so many rounds of the two least-squares problems; by default 100, or as many as keep the work
+            of a large layer within seconds (:data:`ROUNDS_WORK`).
         tolerance: stop when a round lowers the objective by less than this share.
         prior: see :data:`PRIOR`; 0 fits the moments alone.
 
@@ -86,6 +89,7 @@ def fit(
     weight = layer.weight.detach().double()
     problem = _Problem(layer, form, moments, prior, weights)
     plain = problem.split(weight, rank)  # first: it checks the rank and the weight
+    steps = _rounds(form, rank, layer.filter_shape) if steps is None else steps
     starts = [plain, problem.split(_whitened(problem, rank), rank)]
     runs = [problem.descend(*start, min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
@@ -96,6 +100,15 @@ def fit(
     flat = filter_.flatten(1)
     bias = None if layer.bias is None else given.target - flat @ given.mean
     return Fit(*factors, bias, relative_error(flat, moments), (*history, *more[1:]))
+
+
+def _rounds(form: Form, rank: int, shape: FilterShape) -> int:
+    """How many rounds are done within :data:`ROUNDS_WORK`: normal equations and Cholesky factors, for each output."""
+    o, i, s, k = shape
+    mix, spatial = i * rank * s, (1 if form.planar_axes == "o" else i) * rank * k * k
+    work = 2 * (i * rank * s * k * k) ** 2 + (mix**3 + spatial**3) // 3
+    least, most = _ROUNDS
+    return max(least, min(most, ROUNDS_WORK // (work * (1 if form.planar_axes == "i" else o))))
 
 
 def relative_error(generator: Tensor, moments: Moments) -> float:

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis import fitting
 from analysis.fitting import PRIOR, fit, relative_error
 from analysis.moments import Moments
 from gconv import FORMS, GConv2d, InputError, SeparableGConv2d
+from gconv.separable import FilterShape
 
 never = st.just(False)
 few = settings(max_examples=8, deadline=None)
@@ -567,3 +569,22 @@ def test_a_weight_that_is_not_finite_is_refused(form, value):
     for outputs in (torch.zeros(len(patches), 2, dtype=torch.float64), outputs_for(layer, patches)):
         with pytest.raises(InputError, match="NaN or infinite"):
             fit(layer, form, 1, moments_of(patches, outputs))
+
+
+@every_form
+def test_a_large_layer_ends_early_and_says_how_early(form, monkeypatch):
+    """By the work of its normal equations; a small one has all its rounds."""
+    torch.manual_seed(0)
+    layer = GConv2d(3, 2, 3, group="p4", dtype=torch.float64)
+    patches = patches_for(layer)
+    moments = moments_of(patches, outputs_for(layer, patches, noise=0.5))
+    whole = fit(layer, form, 1, moments, tolerance=0.0).objective
+    assert whole == fit(layer, form, 1, moments, steps=100, tolerance=0.0).objective
+    monkeypatch.setattr(fitting, "ROUNDS_WORK", 1)
+    assert fit(layer, form, 1, moments, tolerance=0.0).objective == whole[:6]
+
+
+def test_the_networks_of_the_paper_have_all_rounds_but_for_wide_resnets():
+    rounds = [fitting._rounds(FORMS["gc"], 3, FilterShape(w, w, s, 3)) for w, s in ((10, 4), (23, 8), (45, 8))]
+    assert rounds[0] == 100
+    assert 5 <= rounds[2] < rounds[1] <= 100
