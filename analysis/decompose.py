@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     budget.add_argument("--macs", metavar="M", help="multiply-accumulates of an image as executed: likewise (3.5M)")
     budget.add_argument("--latency", metavar="L", help="time of a batch here: a fraction up to 1, or a time (3.5ms)")
     budget.add_argument(
-        "--max-drop", metavar="D", help="points of validation accuracy that may be lost; the smallest network wins"
+        "--max-drop", metavar="D", help="points of validation accuracy that may be lost; the smallest one tried wins"
     )
     p.add_argument("--data", metavar="NAME", help="rotdigits, rotmnist-regen or rotmnist")
     p.add_argument(

@@ -40,8 +40,8 @@ HELD_OUT = tuple(f"p4cnn-rotmnist-regen-heldout-seed{seed}" for seed in range(3)
 WIDE = "p4cnn-w30-rotmnist-regen"
 P4M = "p4m-cnn-rotdigits"
 SCRATCH = {
-    "P4CNN": tuple(f"gc-p4cnn-small-rotmnist-regen-seed{seed}" for seed in range(3)),
-    "P4CNN, w = 30": ("gc-p4cnn-rotmnist-regen",),
+    "P4CNN": tuple(f"gc-p4cnn-small-rotmnist-regen-heldout-seed{seed}" for seed in range(3)),
+    "P4CNN, w = 30": ("gc-p4cnn-rotmnist-regen-heldout",),
 }
 EPOCHS = 10
 

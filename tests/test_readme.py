@@ -12,6 +12,7 @@ import analysis
 import gconv
 from analysis.screen import _change
 from benchmarks import conversion, plain_conversion
+from gconv import experiments, tables
 from gconv.catalog import table
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,11 @@ def test_checkpoint_table_is_what_the_catalog_prints() -> None:
 def test_conversion_tables_are_made_from_the_records(made: ModuleType) -> None:
     assert made.table().count("\n") > 3
     assert made.table() in README
+
+
+def test_the_rotated_mnist_table_is_made_from_the_records() -> None:
+    records = experiments.load_records(ROOT / experiments.FOLDER, "rotmnist-regen")
+    assert tables.as_markdown(tables.table("rotmnist", records)) in README
 
 
 def test_demo_block_is_what_the_demo_measures() -> None:

@@ -32,7 +32,7 @@ def records(monkeypatch):
     documents = [document(run, seed) for seed, run in enumerate(runs)]
     documents.append(document(Run(HELD_OUT[0], "tucker", "params", 8910), 0, parameters=8800, stages=("converted",)))
     monkeypatch.setattr(conversion, "load_records", lambda: documents)
-    monkeypatch.setattr(conversion, "SCRATCH", {"P4CNN": ("gc-p4cnn-small-rotmnist-regen-seed0",)})
+    monkeypatch.setattr(conversion, "SCRATCH", {"P4CNN": ("gc-p4cnn-small-rotmnist-regen-heldout-seed0",)})
     return documents
 
 
@@ -44,7 +44,7 @@ def test_seeds_are_taken_together_and_methods_are_not(records):
     }  # fmt: skip
     assert (ours.parameters, ours.macs, ours.equivariance) == (3420, 1001, 1e-13)
     assert (tucker.method, tucker.epochs, set(tucker.errors)) == ("Tucker-2, expanded", 0, {"original", "converted"})
-    source = gconv.read("checkpoints/gc-p4cnn-small-rotmnist-regen-seed0.pt")
+    source = gconv.read("checkpoints/gc-p4cnn-small-rotmnist-regen-heldout-seed0.pt")
     assert scratch.errors == {"finetuned": [source.record["test_error"]]}
     assert (scratch.method, scratch.parameters, scratch.epochs) == ("from scratch, gc", 3420, 50)
 
