@@ -37,13 +37,13 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	|| { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	     || { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: name one, as in make PYTHON=python3.12" >&2; exit 1; }; \
 	     echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
-	$(INSTALL) -c constraints.txt -e '.[dev,notebooks]'
+	$(INSTALL) -c constraints.txt -e '.[dev,export,notebooks]'
 	@touch $@
 
 constraints: ## replace the pins in constraints.txt by the newest versions that pyproject.toml allows
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
-	build/pins/bin/python -m pip install --disable-pip-version-check -e '.[dev,notebooks]'
+	build/pins/bin/python -m pip install --disable-pip-version-check -e '.[dev,export,notebooks]'
 	build/pins/bin/python -m pip freeze --exclude-editable > build/pins/freeze.txt
 	sed -n '/^#/p' constraints.txt > build/pins/constraints.txt
 	sed 's/+[a-z0-9.]*$$//' build/pins/freeze.txt >> build/pins/constraints.txt

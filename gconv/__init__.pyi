@@ -15,8 +15,10 @@ from .data import load_dataset as load_dataset
 from .equivariance import EquivarianceReport as EquivarianceReport
 from .equivariance import equivariance_error as equivariance_error
 from .errors import InputError as InputError
+from .export import export as export
 from .functional import act as act
 from .functional import gconv2d as gconv2d
+from .fusion import fuse as fuse
 from .groups import GROUPS as GROUPS
 from .groups import Group as Group
 from .groups import group as group
@@ -33,6 +35,7 @@ from .models import Model as Model
 from .models import ModelSpec as ModelSpec
 from .models import create_model as create_model
 from .norm import GroupBatchNorm2d as GroupBatchNorm2d
+from .plain import to_plain as to_plain
 from .pool import GroupMaxPool as GroupMaxPool
 from .pool import GroupMeanPool as GroupMeanPool
 from .pool import SpatialMaxPool2d as SpatialMaxPool2d

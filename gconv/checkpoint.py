@@ -54,10 +54,12 @@ def save(
         half: store the weights in half precision (11 significant bits), for snapshots that are only to be looked at.
 
     Raises:
-        InputError: the network was not made by this package's models, or the path cannot be written.
+        InputError: the network was not made by this package's models, is a fused one, or the path cannot be written.
     """
     if not isinstance(model, Model):
         raise InputError(f"only networks of gconv.create_model can be saved with their architecture, not {type(model)}")
+    if model.fused:
+        raise InputError("a fused network has no checkpoint; accepted: the one it was made of, or gconv.export")
     content = {
         "format": FORMAT,
         "version": VERSION,

@@ -45,9 +45,15 @@ class ModelSpec:
 
 
 class Model(nn.Module):
-    """A network that knows the spec it was built from."""
+    """A network that knows the spec it was built from.
+
+    Attributes:
+        fused: whether it has lost batch norms to its convolutions (:func:`gconv.fuse`), so that the spec alone does not
+            tell its architecture.
+    """
 
     image_size: int
+    fused = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

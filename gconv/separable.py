@@ -54,6 +54,14 @@ class FilterShape(NamedTuple):
         return cls(o, i, s, k)
 
 
+class Convolution(NamedTuple):
+    """An ordinary convolution: its filter ``[O, I / groups, k, k]``, channel groups, and how it samples the plane."""
+
+    filter: Tensor
+    groups: int
+    sampling: Sampling
+
+
 class Form(ABC):
     """A way to separate a filter into a group mix and planar kernels. Instances are stateless; see ``FORMS``.
 
@@ -92,6 +100,20 @@ class Form(ABC):
     @abstractmethod
     def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
         """Run factorised, with the two :meth:`filters`: ``[N, I S, H, W]`` to ``[N, O S, H', W']``, without bias."""
+
+    def convolutions(
+        self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
+    ) -> tuple[Convolution, ...] | None:
+        """:meth:`run` as ordinary convolutions one after the other, or None if it also moves maps about.
+
+        They end in the O S output maps, or in several terms of each, next to one another, that are to be summed.
+        """
+        return None
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of ``mix`` that counts output channels."""
+        return 0 if "o" in self.planar_axes else 2
 
     def blocks(self, shape: FilterShape) -> int:
         """The number of matrices that a filter folds into."""
@@ -231,6 +253,12 @@ class SharedPerOutput(Form):
         # depthwise, the case that backends have a kernel for.
         return y if rank == 1 else y.unflatten(1, (shape.out_channels * shape.order, rank)).sum(2)
 
+    def convolutions(
+        self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
+    ) -> tuple[Convolution, ...] | None:
+        w, d = self.filters(mix, spatial, tables)
+        return Convolution(w, 1, Sampling()), Convolution(d, len(d), sampling)
+
 
 class SharedPerInput(Form):
     """``gc_in``: one planar kernel for each input channel, turned by the element of the input map that it reads."""
@@ -255,6 +283,12 @@ class SharedPerInput(Form):
 
     def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
         return F.conv2d(F.conv2d(x, d, None, *sampling, groups=shape.in_channels * shape.order), w)
+
+    def convolutions(
+        self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
+    ) -> tuple[Convolution, ...] | None:
+        w, d = self.filters(mix, spatial, tables)
+        return Convolution(d, len(mix) * mix.shape[-1], sampling), Convolution(w, 1, Sampling())
 
 
 class TurnedPerPair(Form):

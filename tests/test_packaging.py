@@ -32,7 +32,7 @@ def declared() -> dict[str, SpecifierSet]:
     """Every dependency of pyproject.toml, extras included: canonical name to range."""
     table = project()
     extras = table["optional-dependencies"]
-    assert set(extras) == {"notebooks", "dev"}
+    assert set(extras) == {"export", "notebooks", "dev"}
     requirements = [Requirement(line) for group in (table["dependencies"], *extras.values()) for line in group]
     names = [canonicalize_name(requirement.name) for requirement in requirements]
     assert len(names) == len(set(names)), "a dependency is declared twice"
@@ -158,7 +158,7 @@ def test_make_installs_with_the_constraints_once(checkout: Path) -> None:
         done = make("install", f"PYTHON={checkout}/python", cwd=checkout)
         assert done.returncode == 0, done.stderr
     [command] = installs(checkout)
-    assert command.endswith("-c constraints.txt -e .[dev,notebooks]")
+    assert command.endswith("-c constraints.txt -e .[dev,export,notebooks]")
 
 
 @needs_make

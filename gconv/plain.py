@@ -1,0 +1,142 @@
+"""Networks of ordinary layers only: what a network of this package computes, in the words of ``torch.nn``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .conv import SeparableGConv2d, _FullConv, _GroupConv
+from .errors import InputError
+from .functional import expand
+from .fusion import fuse, trace
+from .groups import group
+from .models import Model
+from .pool import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
+from .separable import Convolution
+
+
+def to_plain(net: Model) -> fx.GraphModule:
+    """The network as ``nn.Conv2d``, ``nn.MaxPool2d`` and so on, with this package's batch norms folded (``fuse``).
+
+    It needs nothing of this package, also when it is pickled or unpickled. Layers keep their names; maps are planar,
+    channel c and element s being channel ``c S + s``. Full and lifting layers become one convolution with the expanded
+    filter. Separable layers run as they did: those that run dense become one convolution too, factorised ones of the
+    forms ``gc`` and ``gc_in`` become two, a 1x1 mix and a depthwise one. The other forms move or sum maps in between,
+    for which dense is mostly the faster way; they become one.
+
+    Args:
+        net: a network of :func:`gconv.create_model`, converted or not; it stays as it is.
+
+    Returns:
+        A network in eval mode, from images ``[N, in_channels, H, W]`` to class scores ``[N, classes]``, any N, with the
+        dtype and on the device of ``net``. Its ``code`` shows what it does. It is made for inference: training it
+        further would change the turned copies of a filter independently, and equivariance would be lost.
+
+    Raises:
+        InputError: as :func:`gconv.fuse`, or the network has a layer of another kind than the published ones.
+    """
+    fused = fuse(net)
+    plain = _Plain(group(net.spec.group).order)
+    made: dict[fx.Node, fx.Node] = {}
+    with torch.no_grad():
+        for node in trace(fused).nodes:
+            if node.op == "call_module":
+                made[node] = plain.add(node.target, fused.get_submodule(node.target), made[node.args[0]])
+            else:
+                made[node] = copy = plain.graph.node_copy(node, made.__getitem__)
+                # What was noted in tracing would take this package's classes, and annotations, into the files.
+                copy.type = None
+                copy.meta.clear()
+    return fx.GraphModule(plain.modules, plain.graph).eval()
+
+
+class _Plain:
+    """A graph and its modules in the making.
+
+    Attributes:
+        order: S, the length of the group axis.
+    """
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.graph = fx.Graph()
+        self.modules: dict[str, nn.Module] = {}
+
+    def add(self, name: str, layer: nn.Module, x: fx.Node) -> fx.Node:
+        """What the layer of that name does to ``x``.
+
+        Raises:
+            InputError: it has no counterpart here.
+        """
+        match layer:
+            case _GroupConv():
+                return self._convolutions(name, layer, x)
+            case nn.Conv2d() | nn.Linear():
+                return self._call(name, layer, x)
+            case _BatchNorm():
+                return self._call(name, _batch_norm(layer, self.order), x)
+            case SpatialMaxPool2d():
+                return self._call(name, nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding), x)
+            case SpatialMeanPool2d():
+                return self._call(name, nn.AdaptiveAvgPool2d(1), x)
+            case GroupMaxPool():
+                return self._reduce("amax", self.order, x)
+            case nn.Identity():
+                return x
+        raise InputError(f"{name} is a {type(layer).__name__}, which has no plain counterpart")
+
+    def _call(self, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
+        self.modules[name] = module
+        return self.graph.call_module(name, (x,))
+
+    def _reduce(self, method: str, size: int, x: fx.Node) -> fx.Node:
+        """Make one map of every ``size`` consecutive ones."""
+        return self.graph.call_method(method, (self.graph.call_method("unflatten", (x, 1, (-1, size))), 2))
+
+    def _convolutions(self, name: str, layer: _GroupConv, x: fx.Node) -> fx.Node:
+        steps = _steps(layer)
+        outputs = layer.out_channels * self.order
+        terms = len(steps[-1].filter) // outputs
+        bias = None
+        if layer.bias is not None:
+            shared = layer.bias.repeat_interleave(self.order)
+            # Of several terms that will be summed, the first has the whole bias.
+            bias = torch.stack([shared, *[torch.zeros_like(shared)] * (terms - 1)], 1).flatten()
+        for number, step in enumerate(steps):
+            last = number == len(steps) - 1
+            x = self._call(name if len(steps) == 1 else f"{name}.{number}", _conv2d(step, bias if last else None), x)
+        return x if terms == 1 else self._reduce("sum", terms, x)
+
+
+def _steps(layer: _GroupConv) -> tuple[Convolution, ...]:
+    """The convolutions that do what the layer does, one after the other.
+
+    They end in the layer's maps, or in several terms of each, next to one another, that are to be summed.
+    """
+    if isinstance(layer, SeparableGConv2d) and layer.execution == "factorized":
+        steps = layer.form.convolutions(layer.mix, layer.spatial, layer.tables, layer.sampling)
+        if steps is not None:
+            return steps
+    assert isinstance(layer, (_FullConv, SeparableGConv2d))
+    return (Convolution(expand(layer.weight, layer.tables.expansion), 1, layer.sampling),)
+
+
+def _conv2d(step: Convolution, bias: Tensor | None) -> nn.Conv2d:
+    filter, groups, sampling = step
+    o, i, k, _ = filter.shape
+    # Made without memory and without random numbers; the parameters are clones, as a filter may be a view of more.
+    conv = nn.Conv2d(i * groups, o, k, *sampling, groups=groups, bias=bias is not None, device="meta")
+    conv.weight = nn.Parameter(filter.clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        conv.bias = nn.Parameter(bias)
+    return conv
+
+
+def _batch_norm(norm: _BatchNorm, order: int) -> nn.BatchNorm2d:
+    """The same batch norm on maps in the planar layout."""
+    plain = nn.BatchNorm2d(norm.num_features * order, norm.eps, norm.momentum, norm.affine, device="meta")
+    for name, tensor in norm.state_dict().items():
+        value = tensor.repeat_interleave(order) if tensor.dim() else tensor.clone()
+        setattr(plain, name, nn.Parameter(value) if name in ("weight", "bias") else value)
+    return plain
