@@ -76,7 +76,7 @@ def channels_last(x: Tensor) -> Tensor:
     There the dense filters take two thirds of the time that they take on contiguous maps, the planar kernels of
     separable ones a third. Convolutions and batch norm hand the format on, so a network asks for it once.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype != torch.float32:  # a tracer's stand-in is none
         return x
     # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
     return x if is_channels_last(x) else x.clone(memory_format=torch.channels_last)
