@@ -27,6 +27,7 @@ from .execution import faster_execution, latency, layer_inputs, layer_times
 from .finetuning import Distillation, finetune
 from .fitting import fit
 from .moments import channel_weights, collect_moments, passes
+from .refinement import refine, refinement_steps
 from .report import ConversionReport, LayerReport, random_images
 from .sensitivity import Options, fingerprint, from_table, measurable, measure_options, to_table
 
@@ -70,7 +71,8 @@ def convert(
     """Replace a network's group-to-group layers by separable ones within a budget; fine-tune if asked.
 
     With ``data`` every layer is fitted to the *output* that it had in the original network, reading what the converted
-    layers before it give (:mod:`analysis.fitting`); without, to its filter by a truncated SVD. The network stays
+    layers before it give (:mod:`analysis.fitting`), and then refined behind its batch norm and ReLU
+    (:mod:`analysis.refinement`); without, to its filter by a truncated SVD. The network stays
     equivariant whatever the budget. Lifting and 1x1 layers are left alone.
 
     Args:
@@ -514,6 +516,11 @@ class _Job:
                 )
                 after.set_submodule(name, separable)
             reestimate_batchnorm(after, images[:_BATCHNORM_IMAGES])
+        if names:
+            macs = self.costs.macs_executed + cost(after, self.size).macs_executed
+            steps = refinement_steps(len(names), macs, len(self.train.labels))
+            refine(self.before, after, names, self.train.images, steps, seed=self.seed)
+            self.report.request["refinement_steps"] = steps
         return after, errors
 
     def settings(self, choice: Choice) -> tuple[str, int, str | None]:
