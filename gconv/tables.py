@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from .errors import InputError
 from .experiments import TABLE
 
 Record = dict[str, Any]
@@ -113,8 +114,15 @@ TABLES: dict[str, Callable[[Sequence[Record]], Rows]] = {"rotmnist": rotmnist, "
 
 
 def table(experiment: str, records: Sequence[Record]) -> Rows:
-    """The rows of an experiment's table, from all records on one data set."""
-    return TABLES[experiment](records)
+    """The rows of an experiment's table, from all records on one data set.
+
+    Raises:
+        InputError: none of them is of the experiment.
+    """
+    rows = TABLES[experiment](records)
+    if not rows:
+        raise InputError(f"there are records, but none of {experiment}")
+    return rows
 
 
 def spread(values: Sequence[float]) -> str:
