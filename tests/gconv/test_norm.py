@@ -105,7 +105,7 @@ def test_a_mean_over_many_images_is_summed_in_parts():
     x = torch.rand(150, 8, 90, 90).clone(memory_format=torch.channels_last) + 100
     mean, var, count = norm._statistics(x, 4)
     maps = x.double().unflatten(1, (2, 4)).transpose(0, 1).flatten(1)
-    close(mean, maps.mean(1), 1e-7)
+    close(mean, maps.mean(1), 3e-7)
     close(var, maps.var(1, correction=0), 1e-3)
     assert count == maps.shape[1]
 
@@ -205,11 +205,10 @@ def test_a_network_is_channels_last_what_it_is_natively_and_contiguous(monkeypat
     exact = passed(torch.float64)
     monkeypatch.setattr(models, "channels_last", lambda x: x)
     contiguous = passed()
-    largest = max(float(value.abs().max()) for value in exact)
+    largest = max(float(value.abs().max()) for value in exact)  # some biases have no gradient but by rounding
     for a, b, c in zip(last, contiguous, exact, strict=True):
-        scale = max(float(c.abs().max()), 1e-3 * largest)  # some biases have no gradient but by rounding
-        assert float((a - b).abs().max()) <= 1e-5 * max(scale, 1)
-        assert float((a - c).abs().max()) <= 1e-5 * max(scale, 1)
+        assert float((a - b).abs().max()) <= 1e-5 * largest
+        assert float((a - c).abs().max()) <= 1e-5 * largest
 
 
 def test_a_distributed_run_has_no_second_derivatives(monkeypatch):
@@ -220,5 +219,3 @@ def test_a_distributed_run_has_no_second_derivatives(monkeypatch):
     assert gradient.isfinite().all()
     with pytest.raises(InputError, match="no second derivatives"):
         torch.autograd.grad(GroupBatchNorm2d(2)(x).sin().sum(), x, create_graph=True)
-
-
