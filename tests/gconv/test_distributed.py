@@ -165,7 +165,7 @@ def test_divergence_is_told_by_both_and_leaves_neither_waiting(found):
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
     monkeypatch.setattr(training, "processes", lambda: 4)
     monkeypatch.setattr(training, "DistributedDataParallel", lambda model, **_: model)
-    with pytest.raises(InputError, match="^the last batch has 3 images for 4 processes; take another size$"):
+    with pytest.raises(InputError, match=r"^the last batch has 3 images for 4 processes; take another size$"):
         trained({})
 
 

@@ -180,9 +180,9 @@ def test_two_layers_in_training(a, hidden, batch):
 
 
 def test_what_is_kept_for_the_backward_pass_counts():
-    """Of ten sigmoids a forward pass without gradients holds two maps, one for training all ten."""
-    deep = nn.Sequential(*(nn.Sigmoid() for _ in range(10)), nn.Linear(1000, 2)).double()
-    images = torch.randn(4, 1000, dtype=torch.float64)
+    """Of ten sigmoids a forward pass without gradients holds two maps, one for training all ten, and three more."""
+    deep = nn.Sequential(nn.Linear(1, 1000), *(nn.Sigmoid() for _ in range(10)), nn.Linear(1000, 2)).double()
+    images = torch.randn(4, 1, dtype=torch.float64)
     assert forward_memory(deep, images) == 2 * 32_000
     assert 10 * 32_000 < training_memory(deep, images) < 14 * 32_000
 

@@ -95,7 +95,7 @@ def test_no_layers_have_no_gradient_and_do_no_harm():
 
 
 def test_an_unknown_form_is_told():
-    with pytest.raises(InputError, match="unknown .*form 'cg'; accepted: g, gc"):
+    with pytest.raises(InputError, match=r"unknown .*form 'cg'; accepted: g, gc"):
         tail_energy(GConv2d(1, 1, 3, group="p4"), "cg")
 
 
