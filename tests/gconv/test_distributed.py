@@ -44,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "half": {"dtype": SINGLE, "precision": "bfloat16"},
 }
 TOLERANCE = {"single": 1e-4, "half": 0.2}
+# In single precision rounding decides some of Adam's first steps, which are of the size of the rate whatever the gradient.
+WEIGHTS = TOLERANCE | {"single": RECIPE["learning_rate"]}
 
 
 def pictures(count: int, seed: int) -> Split:
@@ -130,7 +132,7 @@ def test_two_processes_train_the_network_of_one(found, alone, name):
         assert len(ours) == len(history) == 2
         for row, expected in zip(ours, history, strict=True):
             assert row == pytest.approx(expected, rel=tolerance, abs=tolerance if name != "half" else 20)
-        assert distance(theirs, weights) < tolerance
+        assert distance(theirs, weights) < WEIGHTS.get(name, 1e-10)
 
 
 def test_both_processes_have_the_same_bits(found):
