@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half": {"dtype": SINGLE, "precision": "bfloat16"},
 }
 TOLERANCE = {"single": 1e-4, "half": 0.2}
-# In single precision rounding decides some of Adam's first steps, which are of the size of the rate whatever the gradient.
+# In single precision rounding decides some of the first steps of Adam, each of the size of the rate.
 WEIGHTS = TOLERANCE | {"single": RECIPE["learning_rate"]}
 
 
