@@ -19,7 +19,8 @@ def augment(images: Tensor, draws: Tensor, kind: str) -> Tensor:
 
     Args:
         images: ``[N, C, H, W]``.
-        draws: ``[N, 6]`` numbers in [0, 1): angle, scale, two shears and two shifts.
+        draws: ``[N, 6]`` numbers in [0, 1): angle (as a share of a full turn, counter-clockwise as displayed), scale,
+            two shears and two shifts (1/2 for none, 0 and 1 for the most).
         kind: ``none``, ``rotation`` or ``affine`` (:class:`gconv.Recipe`).
     """
     if kind == "none":
@@ -35,5 +36,7 @@ def augment(images: Tensor, draws: Tensor, kind: str) -> Tensor:
         sheared = torch.stack((one, _SHEAR * shear[0], _SHEAR * shear[1], one), 1).view(-1, 2, 2)
         matrix = matrix @ sheared * (1 + _SCALE * scale)[:, None, None]
         shift = 2 * _SHIFT * (2 * draws[:, 4:] - 1)  # the image is two units wide
+    height, width = images.shape[2:]  # coordinates go from -1 to 1 along both sides, however long they are
+    matrix = matrix * matrix.new_tensor([[1, height / width], [width / height, 1]])
     grid = F.affine_grid(torch.cat((matrix, shift[:, :, None]), 2), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from dataclasses import dataclass, field
@@ -69,9 +70,12 @@ def save(
         "record": record or {},
         "resume": resume,
     }
-    # An open file, because from a path PyTorch takes the name of its archive, and the temporary one is random.
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    # Not to a path, from which PyTorch takes the name of its archive, and the temporary one is random; and not to an
+    # open file, as on a full disk it ends that with a RuntimeError of its own.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:

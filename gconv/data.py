@@ -235,9 +235,11 @@ def _fetch(dataset: str, url: str, md5: str, progress: bool) -> Path:
     import pooch  # here, as it brings a progress bar that warns in notebooks without widgets
 
     file = url.rpartition("/")[2]
+    passed_over = ""
     for path in _given(dataset, file):
         if pooch.file_hash(str(path), alg="md5") == md5:
             return path
+        passed_over = f"{path} is damaged or another file, as its md5 is not the published one; "
     pooch.get_logger().setLevel("WARNING")  # it would report every file; the progress bar is enough
     target = _cache() / DATASETS[dataset].folders[0]
     try:
@@ -245,8 +247,9 @@ def _fetch(dataset: str, url: str, md5: str, progress: bool) -> Path:
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
         reason = "not the published file: its md5 differs" if isinstance(error, ValueError) else type(error).__name__
         raise InputError(
-            f"data set {dataset}: cannot download {url} to {target} ({reason}); instead, set GCONV_DATA to a directory "
-            f"with the published {', '.join(DATASETS[dataset].files)}, or use rotdigits, which needs no network"
+            f"data set {dataset}: {passed_over}cannot download {url} to {target} ({reason}); "
+            f"instead, set GCONV_DATA to a directory with the published {', '.join(DATASETS[dataset].files)}, "
+            "or use rotdigits, which needs no network"
         ) from None
 
 

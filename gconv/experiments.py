@@ -9,17 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cli
 from .cli import Parser, main_args, number
 from .errors import InputError, one_of
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from .recipe import Recipe
 
 PROG = "python -m gconv.experiments"
@@ -169,10 +175,11 @@ def execute(runs: Iterable[Run], *, records: Path, work: Path, device: str = "au
         jobs: by default as many as there are cores, or 1 on a GPU.
 
     Raises:
-        InputError: a data set or a device that does not exist; or a run that cannot be done.
+        InputError: a data set or a device that does not exist; or a run that cannot be done. The others under way are
+            saved and stopped then, as when SIGINT or SIGTERM comes, which raise KeyboardInterrupt.
     """
-    from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
+    from multiprocessing.connection import wait
 
     from tqdm import tqdm
 
@@ -180,23 +187,92 @@ def execute(runs: Iterable[Run], *, records: Path, work: Path, device: str = "au
     from .training import pick_device
 
     on = pick_device(device)
-    todo = [run for run in dict.fromkeys(runs) if not record_path(run, records).exists()]
+    todo = deque(run for run in dict.fromkeys(runs) if not record_path(run, records).exists())
     for data in {run.data for run in todo}:
         load_dataset(data)  # once, so that it is downloaded and checked before several processes want it
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     jobs = jobs or (1 if on.type == "cuda" else cores)
-    # Spawned, as forked processes share locks with the threads of PyTorch.
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(on.type, jobs))
-    futures = {pool.submit(_perform, run, records, work, on.type): run for run in todo}
-    bar = tqdm(total=len(todo), desc="runs", unit="run", disable=None)
+    context = get_context("spawn")  # as forked processes share locks with the threads of PyTorch
+    active: dict[Any, tuple[Run, Any]] = {}
+    with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar, _terminable():
+        try:
+            while todo or active:
+                while todo and len(active) < jobs:
+                    ours, theirs = context.Pipe(duplex=False)
+                    run = todo.popleft()
+                    arguments = theirs, run, records, work, on.type, jobs
+                    process = context.Process(target=_in_process, args=arguments, daemon=True)
+                    _start_deaf(process)
+                    theirs.close()  # so that there is an end of file when the process is gone
+                    active[ours] = run, process
+                for ready in wait(list(active)):
+                    run, process = active[ready]
+                    result = _result(ready, run, process)
+                    del active[ready]
+                    bar.update()
+                    bar.write(f"{run.name}: {result}", file=sys.stderr)
+        finally:
+            for _, process in active.values():
+                process.terminate()
+            for _, process in active.values():
+                process.join()
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        for future in as_completed(futures):
-            result = future.result()
-            bar.update()
-            bar.write(f"{futures[future].name}: {result}", file=sys.stderr)
+        yield
     finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start_deaf(process: Any) -> None:
+    """Start a process that does not hear Ctrl-C, which a terminal sends to all: it is stopped by SIGTERM, and once."""
+    if threading.current_thread() is not threading.main_thread():
+        process.start()
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _result(connection: Any, run: Run, process: Any) -> str:
+    """What a process says of its run, which is over or failed."""
+    try:
+        good, said = connection.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == 1:  # our own failure, with its traceback on stderr
+            raise RuntimeError(f"{run.name} failed") from None
+        raise InputError(f"{run.name}: its process was stopped ({process.exitcode}); it continues next time") from None
+    process.join()
+    if not good:
+        raise InputError(f"{run.name}: {said}")
+    return str(said)
+
+
+def _in_process(connection: Connection, run: Run, records: Path, work: Path, device: str, jobs: int) -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "pthread_sigmask"):  # training listens to it otherwise
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        _begin(device, jobs)
+        connection.send((True, _perform(run, records, work, device)))
+    except InputError as error:
+        connection.send((False, str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _begin(device: str, jobs: int) -> None:
@@ -221,7 +297,7 @@ def _perform(run: Run, records: Path, work: Path, device: str) -> str:
     from .files import atomic_path
     from .memory import training_memory
     from .models import create_model
-    from .training import environment, evaluate, fit
+    from .training import environment, evaluate, fit, steps_of_epoch
 
     data = load_dataset(run.data, progress=False)
     split = data.train if run.held_out else data.train_and_validation
@@ -275,7 +351,7 @@ def _perform(run: Run, records: Path, work: Path, device: str) -> str:
     counted = cost(model, model.input_shape)
     facts |= {
         "run": run.__dict__,
-        "steps": recipe.epochs * -(-len(split.labels) // recipe.batch_size),
+        "steps": recipe.epochs * steps_of_epoch(len(split.labels), recipe.batch_size),
         "parameters": counted.parameters,
         "macs_published": counted.macs_published,
         "macs_executed": counted.macs_executed,

@@ -51,7 +51,8 @@ class GroupBatchNorm2d(_BatchNorm):
         pass  # done in forward
 
     def _normalised(self, x: Tensor, order: int) -> Tensor:
-        weight = torch.ones_like(x[0, ::order, 0, 0]) if self.weight is None else self.weight
+        channels = x.shape[1] // order
+        weight = x.new_ones(channels, dtype=_precision(x)) if self.weight is None else self.weight
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
         y, mean, var, count = _Normalise.apply(x, weight, bias, order, self.eps)
         if self.training and self.running_mean is not None:
@@ -67,6 +68,11 @@ def _is_slow_natively(x: Tensor) -> bool:
     """Whether PyTorch's kernel for maps with a group axis is many times slower on this one: channels-last, on a CPU."""
     plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
     return plain and is_channels_last(x) and not torch.compiler.is_compiling()
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """Of the statistics, as PyTorch has it: its own, but for half-precision maps single."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Normalise(torch.autograd.Function):
@@ -110,8 +116,8 @@ class _Normalise(torch.autograd.Function):
         inverse = (v + eps).rsqrt()
         slope = -w * inverse.square() * all_dw / count
         offset = -w * inverse * all_db / count - slope * m
-        dx.addcmul_(x, slope.view(1, -1, 1, 1)).add_(offset.view(1, -1, 1, 1))
-        return dx, dw, db, None, None
+        slope, offset = (value.to(x.dtype).view(1, -1, 1, 1) for value in (slope, offset))
+        return dx.addcmul_(x, slope).add_(offset), dw, db, None, None
 
 
 _CHUNK = 4096
@@ -122,7 +128,7 @@ def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
     """Mean and variance (of n, not n - 1) of the S maps of every channel over all processes, and the count n."""
     n, height, width = len(x), *x.shape[2:]
     parts = x.split(max(1, _CHUNK // (height * width)))
-    found = [_aten.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
+    found = [_aten.batch_norm_update_stats(part.to(_precision(x)), None, None, 0.0) for part in parts]
     means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
     share = torch.tensor([len(part) / n for part in parts], dtype=torch.float64, device=x.device)[:, None]
     # Of the chunks and of the S maps, then of the processes; by way of the second moment about a common point.
@@ -134,4 +140,4 @@ def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
         joint = sum_over_processes(mean * size) / total
         second = sum_over_processes((second + (mean - joint).square()) * size) / total
         mean, size = joint, total
-    return mean.to(x.dtype), second.to(x.dtype), int(size)
+    return mean.to(_precision(x)), second.to(_precision(x)), int(size)

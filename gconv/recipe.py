@@ -52,6 +52,12 @@ class Recipe:
         ):
             if given not in accepted:
                 raise one_of(what, given, accepted)
+        for what, count, least in (("epochs", self.epochs, 0), ("batch_size", self.batch_size, 1)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise InputError(f"{what} is {count!r}; accepted: a whole number of at least {least}")
+        for what in ("learning_rate", "weight_decay", "separability"):
+            if not 0 <= getattr(self, what) < math.inf:
+                raise InputError(f"{what} is {getattr(self, what)!r}; accepted: a number of at least 0")
         for what, share in (("label_smoothing", self.label_smoothing), ("averaging", self.averaging)):
             if not 0 <= share < 1:
                 raise InputError(f"{what} is {share!r}; accepted: 0 to below 1")
@@ -82,6 +88,8 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         if unknown := set(data) - known - {"optimizer"}:
             raise InputError(f"a recipe has no {', '.join(sorted(unknown))}; accepted: {', '.join(sorted(known))}")
+        if data.get("optimizer", "adam") != "adam":
+            raise one_of("optimizer", data["optimizer"], ["adam"])
         return cls(**{key: value for key, value in data.items() if key in known})
 
 

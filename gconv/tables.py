@@ -168,11 +168,11 @@ def table(experiment: str, records: Sequence[Record]) -> Rows:
     """The rows of an experiment's table, from all records on one data set.
 
     Raises:
-        InputError: none of them are of that experiment.
+        InputError: none of them is of the experiment.
     """
     rows = TABLES[experiment](records)
     if not rows:
-        raise InputError(f"there are no records of {experiment}; run it first")
+        raise InputError(f"there are records, but none of {experiment}")
     return rows
 
 

@@ -130,6 +130,8 @@ def _train(args: argparse.Namespace, device_name: str) -> None:
     from .training import environment, evaluate, fit, pick_device
 
     device = pick_device(device_name)
+    if args.tensorboard is not None:
+        _summary_writer()  # what is not installed is said before anything is read
     reuse_freed_memory()
     start = None if args.resume is None else read(args.resume)
     if start is not None and start.resume is not None:
@@ -145,7 +147,7 @@ def _train(args: argparse.Namespace, device_name: str) -> None:
     everything = job.record["trained_on"] != "train"
     split = data.train_and_validation if everything else data.train
     job.record |= {"train_images": len(split.labels), "environment": environment(device) | {"processes": processes()}}
-    job.logs = _logs(args) if rank() == 0 else ()
+    job.logs = _logs(args, job.record["history"]) if rank() == 0 else ()
     job.model.to(device)
     if job.resume is None:
         job.snapshot(0)
@@ -164,13 +166,13 @@ def _train(args: argparse.Namespace, device_name: str) -> None:
             precision=job.record.get("precision", "float32"),
             compiled=args.compile,
         )
+        if rank() > 0:
+            return
+        test = evaluate(job.model, data.test, label="testing")
     except KeyboardInterrupt:
         if job.out.exists():
             print(f"\nto continue: {PROG} {data.name} --resume {job.out}", file=sys.stderr)
         raise
-    if rank() > 0:
-        return
-    test = evaluate(job.model, data.test, label="testing")
     job.record |= {"test_error": test.error, "test_loss": test.loss, "test_images": test.images}
     job.save()
     if args.json:
@@ -197,6 +199,8 @@ def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, An
     if args.dataset.lower() != record["dataset"]:
         raise InputError(f"{args.resume} was being trained on {record['dataset']!r}, not {args.dataset!r}")
     out = Path(args.resume) if args.out is None else check_output(args.out, force=args.force)
+    if args.history is not None:
+        check_output(args.history, force=True)  # of the part that is done, as a rule
     try:
         recipe = Recipe.from_dict(record["recipe"])
         steady = isinstance(resume["epochs_done"], int) and isinstance(resume["optimizer"], dict)
@@ -296,8 +300,16 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return RECIPES[(args.recipe or "published").lower()]
 
 
-def _logs(args: argparse.Namespace) -> tuple[Callable[[list[dict[str, Any]]], None], ...]:
-    """What writes the history where it was asked for, whole, after every epoch."""
+def _summary_writer() -> Callable[..., Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter
+
+
+def _logs(args: argparse.Namespace, done: list[dict[str, Any]]) -> tuple[Callable[[list[dict[str, Any]]], None], ...]:
+    """What writes the history where it was asked for, whole, after every epoch; the file also when a run goes on."""
     logs: list[Callable[[list[dict[str, Any]]], None]] = []
     if args.history is not None:
 
@@ -308,17 +320,16 @@ def _logs(args: argparse.Namespace) -> tuple[Callable[[list[dict[str, Any]]], No
                 path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in history), encoding="utf-8")
 
         logs.append(write_lines)
+        if done:
+            write_lines(done)
     if args.tensorboard is not None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("--tensorboard needs a package: pip install tensorboard") from error
+        writer = _summary_writer()
         writers: list[Any] = []
 
         def write_events(history: list[dict[str, Any]]) -> None:
             row = history[-1]
             if not writers:  # what a killed run logged after its last checkpoint is discarded
-                writers.append(SummaryWriter(args.tensorboard, purge_step=row["epoch"]))
+                writers.append(writer(args.tensorboard, purge_step=row["epoch"]))
             for key, value in row.items():
                 if key != "epoch":
                     writers[0].add_scalar(key, value, row["epoch"])

@@ -66,7 +66,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: st
     with evaluating(model), torch.inference_mode():
         hide = True if label is None else None  # None: hidden where stderr is not a terminal
         for start in tqdm(range(0, count, batch_size), desc=label, disable=hide, leave=False, unit="batch"):
-            labels = split.labels[start : start + batch_size].to(like.device)
+            labels = split.labels[start : start + batch_size].to(like.device, torch.int64)
             scores = model(split.images[start : start + batch_size].to(like))
             loss += F.cross_entropy(scores, labels, reduction="sum").item()
             wrong += (scores.argmax(1) != labels).sum().item()
@@ -105,7 +105,8 @@ def fit(
         validation: images to score after every epoch, if any.
         loss: mean over a batch, of (images as seen, scores, labels); by default the recipe's cross-entropy.
         resume: what ``after_epoch`` or ``on_stop`` was given last, to continue an interrupted run.
-        after_epoch: called with the epoch's row of the history and with what a continuation needs.
+        after_epoch: called with the epoch's row of the history and with what a continuation needs, to be written or
+            copied there and then, as the next step changes it.
         on_stop: called with that when SIGINT or SIGTERM ends the run, after the step that is under way; then
             KeyboardInterrupt is raised. Without it, and in a distributed run, signals do what they always do.
         label: what the progress bar on stderr calls the run; there is none without it.
@@ -117,7 +118,7 @@ def fit(
 
     Raises:
         InputError: images or labels that the network cannot learn from, a batch larger than the set, a state that does
-            not fit, an unknown precision, or a loss that is no longer finite.
+            not fit, an unknown precision, no compiler for ``compiled``, or a loss that is no longer finite.
     """
     check_split(train, model)
     if (train.labels == train.labels[0]).all():
@@ -160,7 +161,7 @@ def fit(
                         f"{label}: epoch {run.epoch}/{recipe.epochs}, {shown}, {row['seconds']:.1f} s", file=sys.stderr
                     )
                 after_epoch(row, run.state())
-            if stop.asked and run.epoch < recipe.epochs:
+            if stop.asked:
                 raise KeyboardInterrupt
         run.keep_average()
     return history
@@ -176,7 +177,7 @@ def check_split(split: Split, model: nn.Module) -> None:
     images, labels = split
     if len(images) == 0:
         raise InputError("the data set has no images")
-    if labels.shape != (len(images),) or labels.is_floating_point():
+    if labels.shape != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
         given = f"{len(images):,} images and labels {list(labels.shape)} of {labels.dtype}"
         raise InputError(f"{given}; accepted: one whole number an image")
     if not images.isfinite().all():
@@ -231,7 +232,7 @@ class _Fit:
             raise one_of("precision", precision, PRECISIONS)
         like = next(model.parameters())
         self.model, self.recipe, self.seed, self.loss = model, recipe, seed, loss
-        self.images, self.labels = train.images.to(like), train.labels.to(like.device)
+        self.images, self.labels = train.images.to(like), train.labels.to(like.device, torch.int64)
         self.device = like.device
         self.autocast = precision == "bfloat16"
         self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -240,8 +241,9 @@ class _Fit:
             # The batch norms see to their statistics themselves.
             self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         if compiled:
+            _check_compiler(self.device)
             self.forward = torch.compile(self.forward)
-        self.steps = len(_batches(torch.arange(len(self.labels)), recipe.batch_size))
+        self.steps = steps_of_epoch(len(self.labels), recipe.batch_size)
         self.average = [value.clone() for value in self._averageable()] if recipe.averaging else []
         self.epoch = self.step = 0
         self.loss_sum, self.wrong, self.seconds = 0.0, 0, 0.0
@@ -281,8 +283,9 @@ class _Fit:
         # The mean over processes, which is what their gradients are combined by, is that over the images.
         (value * (len(mine) * processes() / len(batch))).backward()
         self.optimizer.step()
-        self.last_loss = value.item()
-        self.loss_sum += self.last_loss * len(mine)
+        # Of the whole batch, so that all processes see at once that it is not finite.
+        self.last_loss = sum_over_processes(value.detach() * (len(mine) / len(batch))).item()
+        self.loss_sum += self.last_loss * len(batch)
         self.wrong += int((scores.argmax(1) != labels).sum())
         if self.average:
             number = self.epoch * self.steps + self.step
@@ -295,12 +298,12 @@ class _Fit:
         """The row of the history; the next epoch begins."""
         began = time.perf_counter()
         images = len(self.labels)
-        summed = sum_over_processes(torch.tensor([self.loss_sum, self.wrong], dtype=torch.float64, device=self.device))
+        wrong = sum_over_processes(torch.tensor(self.wrong, device=self.device))
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "learning_rate": self.recipe.rate(self.epoch),
-            "train_loss": summed[0].item() / images,
-            "train_error": 100 * summed[1].item() / images,
+            "train_loss": self.loss_sum / images,
+            "train_error": 100 * wrong.item() / images,
         }
         if validation is not None:
             row["validation_error"] = evaluate(self.model, validation).error
@@ -331,6 +334,11 @@ class _Fit:
             partial = state.get("partial_epoch", {})
             self.step, self.loss_sum = int(partial.get("step", 0)), float(partial.get("loss_sum", 0.0))
             self.wrong, self.seconds = int(partial.get("wrong", 0)), float(partial.get("seconds", 0.0))
+            if not (0 <= self.epoch <= self.recipe.epochs and 0 <= self.step < self.steps):
+                raise ValueError(f"it is after epoch {self.epoch} and step {self.step}")
+            for parameter, kept in self.optimizer.state.items():
+                if any(kept[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("it is of weights of other shapes")
             if self.average:
                 with torch.no_grad():
                     for kept, value, now in zip(self.average, self._averageable(), state["weights"], strict=True):
@@ -373,6 +381,20 @@ def _batches(order: Tensor, size: int) -> list[Tensor]:
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
+
+
+def steps_of_epoch(images: int, batch_size: int) -> int:
+    """How many steps an epoch has."""
+    return len(_batches(torch.arange(images), batch_size))
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raises InputError if ``torch.compile`` cannot compile the smallest function."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except RuntimeError as error:  # of several kinds: no compiler, one that fails, or no headers
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"torch.compile does not work here ({reason}); it needs a C++ compiler") from error
 
 
 def pick_device(name: str) -> torch.device:

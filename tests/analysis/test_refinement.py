@@ -98,7 +98,8 @@ def test_where_there_is_nothing_to_imitate_nothing_happens():
     assert not changed(before, state(other))
 
 
-def test_only_the_layers_and_the_norms_behind_them_change():
+def test_only_the_layers_and_the_norms_behind_them_change(monkeypatch):
+    monkeypatch.setattr(refinement, "_LEARNING_RATE", 1e-4)
     model = network()
     other = converted(model, NAMES)
     before, original = state(other), state(model)

@@ -1,4 +1,4 @@
-"""The peak memory of a forward pass against sums done by hand."""
+"""The peak memory of a pass against sums done by hand."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gconv import GConv2d
-from gconv.memory import forward_memory
+from gconv.memory import forward_memory, training_memory
 
 few = settings(max_examples=20, deadline=None)
 widths = st.lists(st.integers(1, 50), min_size=2, max_size=6)
@@ -148,3 +148,53 @@ def test_a_function_that_fails_leaves_no_trace():
         forward_memory(nn.Linear(3, 3), torch.randn(2, 2))
     assert torch.is_grad_enabled()
     assert forward_memory(Function(F.relu), torch.randn(1, 4)) == 16
+
+
+# --- a forward and a backward pass
+
+
+@few
+@given(a=st.integers(1, 40), classes=st.integers(2, 8), batch=st.integers(1, 6))
+def test_a_linear_layer_in_training(a, classes, batch):
+    layer, scores = nn.Linear(a, classes, dtype=torch.float64), 8 * batch * classes
+    expected = max(
+        3 * scores + 8 + 8,  # log-probabilities, their gradient and that of the scores; the loss and its gradient
+        scores + 8 + 8 + 8 * classes * a + 8 * classes,  # the gradients of scores, weight and bias
+    )
+    assert training_memory(layer, torch.randn(batch, a, dtype=torch.float64)) == expected
+
+
+@few
+@given(a=st.integers(1, 40), hidden=st.integers(1, 40), batch=st.integers(1, 6))
+def test_two_layers_in_training(a, hidden, batch):
+    parts = [nn.Linear(a, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, 3, bias=False)]
+    scores, map_, first, second = 8 * batch * 3, 8 * batch * hidden, 8 * hidden * a, 8 * 3 * hidden
+    expected = 16 + max(  # the loss and its gradient, and:
+        2 * map_ - 16,  # what goes into the activation and what comes out, before there is a loss
+        map_ + 3 * scores,  # beside the hidden map, which is kept, what the loss of one layer takes
+        map_ + scores + second + map_,  # the gradients of scores, second weight and hidden map
+        3 * map_ + second,  # the hidden map and its gradients after and before the activation
+        map_ + second + first,  # the gradients that are left, and that of the hidden map
+    )
+    assert training_memory(nn.Sequential(*parts).double(), torch.randn(batch, a, dtype=torch.float64)) == expected
+
+
+def test_what_is_kept_for_the_backward_pass_counts():
+    """Of ten sigmoids a forward pass without gradients holds two maps, one for training all ten, and three more."""
+    deep = nn.Sequential(nn.Linear(1, 1000), *(nn.Sigmoid() for _ in range(10)), nn.Linear(1000, 2)).double()
+    images = torch.randn(4, 1, dtype=torch.float64)
+    assert forward_memory(deep, images) == 2 * 32_000
+    assert 10 * 32_000 < training_memory(deep, images) < 14 * 32_000
+
+
+def test_gradients_count_and_are_left_on_the_model():
+    model = nn.Linear(2000, 3, dtype=torch.float64).eval()
+    images = torch.randn(1, 2000, dtype=torch.float64)
+    weight = 8 * 3 * 2000
+    first = training_memory(model, images)
+    assert weight < first < 1.1 * weight
+    assert model.weight.grad is not None
+    assert model.training
+    assert training_memory(model, images) == first
+    model.weight.requires_grad_(False)
+    assert training_memory(model, images) < 500

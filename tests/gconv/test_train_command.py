@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -494,3 +496,200 @@ def test_an_unfinished_run_that_cannot_be_continued_is_one_line(train, where, va
 
 def test_a_width_beyond_all_memory_is_one_line(train):
     says(train("rotdigits", "--model", "p4cnn", "--width", "10000000"), "no memory for p4cnn with --width 10000000")
+
+
+# --- data that cannot be used
+
+
+def change(few: Dataset, split: str, **parts: Tensor) -> Dataset:
+    return replace(few, **{split: getattr(few, split)._replace(**parts)})
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda few: change(few, "train", labels=few.train.labels + 1), "labels go from 1 to 10; accepted: 0 to 9"),
+        (lambda few: change(few, "validation", labels=few.validation.labels - 5), "accepted: 0 to 9"),
+        (lambda few: change(few, "train", labels=few.train.labels * 0), "all training images have the label 0"),
+        (lambda few: change(few, "train", images=few.train.images[..., 1:]), "cannot take images [1, 28, 27]"),
+        (lambda few: change(few, "train", images=few.train.images / 0), "has NaN or infinite pixels"),
+        (lambda few: change(few, "train", labels=few.train.labels[:-1]), "60 images and labels [59]"),
+        (lambda few: replace(few, validation=Split(*(part[:0] for part in few.train))), "the data set has no images"),
+    ],
+    ids=["label", "validation label", "one class", "size", "NaN", "number", "empty"],
+)
+def test_bad_data_is_one_line_and_leaves_no_file(monkeypatch, train, few, edit, said):
+    monkeypatch.setattr(data, "load_dataset", lambda name: edit(few))
+    says(train(*SMALL, "--epochs", "1"), said)
+    assert files() == []
+
+
+def test_a_batch_larger_than_the_set_is_refused(train):
+    says(train(*SMALL, "--batch-size", "61"), "a batch of 61 is larger than the training set of 60 images")
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("rotmnist-regen", "train-images-idx3-ubyte.gz"), ("rotmnist", "mnist_rotation_new.zip")],
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"\x1f\x8b\x08damaged", b"PK\x03\x04" + bytes(100)], ids=["empty", "gz", "zip"]
+)
+def test_a_damaged_archive_is_one_line_that_names_it(monkeypatch, tmp_path, train, name, file, content):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    monkeypatch.setattr(data, "_MNIST_URL", closed)
+    monkeypatch.setattr(data, "_ROTMNIST_URL", f"{closed}mnist_rotation_new.zip")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("GCONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GCONV_DATA", str(tmp_path))
+    (tmp_path / file).write_bytes(content)
+    result = train(name, "--model", "p4cnn")
+    says(result, f"{tmp_path / file} is damaged or another file", "its md5 is not the published one", "cannot download")
+    assert files() == [file]
+
+
+def test_a_truncated_text_file_of_the_official_archive_is_named(monkeypatch, tmp_path, train):
+    path = tmp_path / "mnist_all_rotation_normalized_float_train_valid.amat"
+    path.write_text("0.5 " * 784 + "3\n" + "0.5 " * 300)
+    monkeypatch.setenv("GCONV_DATA", str(tmp_path))
+    says(train("rotmnist", "--model", "p4cnn"), str(path), "cannot be read as rotated MNIST")
+
+
+# --- logs
+
+
+def lines(path: str) -> list[dict[str, Any]]:
+    text = Path(path).read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_history_is_one_object_an_epoch_and_line(monkeypatch, train):
+    seen = []
+
+    def noting(*args: Any, **options: Any) -> None:
+        save(*args, **options)
+        seen.append(len(lines("log/history")) if Path("log/history").exists() else 0)
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", noting)
+    assert train(*SMALL, "--epochs", "3", "--history", "log/history", "--out", "net.pt").code == 0
+    assert seen == [0, 1, 2, 3]
+    assert lines("log/history") == checkpoint.read("net.pt").record["history"]
+    assert [row["epoch"] for row in lines("log/history")] == [1, 2, 3]
+    assert files() == ["log/history", "net.pt"]
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_the_history_is_whole_after_a_resumption_too(train, epoch):
+    """Also when only the test was left, and when the file is new or longer than what the checkpoint knows of."""
+    with interrupted(checkpoint, "save", epoch, after=True):
+        assert train(*SMALL, "--epochs", "3", "--history", "history", "--out", "net.pt").code == 130
+    Path("history").write_text('{"epoch": 1}\n' * 5)
+    with interrupted(training, "evaluate", 1):
+        assert train("rotdigits", "--resume", "net.pt", "--history", "history").code == 130
+    assert lines("history") == checkpoint.read("net.pt").record["history"]
+    assert len(lines("history")) == epoch
+    assert train("rotdigits", "--resume", "net.pt", "--history", "new").code == 0
+    assert lines("new") == checkpoint.read("net.pt").record["history"]
+    assert len(lines("new")) == 3
+
+
+def test_a_history_is_replaced_only_with_force(train):
+    Path("history").write_text("mine")
+    says(train(*SMALL, "--history", "history"), "history exists", "--force")
+    assert Path("history").read_text() == "mine"
+    assert train(*SMALL, "--epochs", "1", "--history", "history", "--force").code == 0
+    assert len(lines("history")) == 1
+
+
+def test_a_history_that_cannot_be_written_is_told_before_training(monkeypatch, train, unfinished):
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("too late"))
+    for run in (SMALL, ("rotdigits", "--resume", unfinished)):
+        says(
+            train(*run, "--history", f"{unfinished}/history"),
+            "cannot write net.pt/history",
+            "net.pt is not a directory",
+        )
+
+
+@pytest.fixture
+def no_tensorboard(monkeypatch):
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.usefixtures("no_tensorboard")
+def test_without_tensorboard_that_is_one_line_before_anything_is_read(monkeypatch, train, unfinished):
+    monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("too late"))
+    before = files()
+    for run in (SMALL, ("rotdigits", "--resume", unfinished)):
+        says(train(*run, "--tensorboard", "runs", "--out", "other.pt"), "--tensorboard needs a package: pip install")
+    assert files() == before
+
+
+def test_tensorboard_gets_every_number_of_every_epoch(monkeypatch, train):
+    told: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            told.append((name, value, epoch))
+
+        def flush(self) -> None:
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    with interrupted(checkpoint, "save", 2, after=True):
+        train(*SMALL, "--epochs", "3", "--tensorboard", "runs", "--out", "net.pt")
+    assert train("rotdigits", "--resume", "net.pt", "--tensorboard", "runs").code == 0
+    history = checkpoint.read("net.pt").record["history"]
+    expected = [("runs", 1), *((name, history[0][name], 1) for name in history[0] if name != "epoch")]
+    # The second epoch was saved, but the run was stopped before it was logged.
+    expected += [("runs", 3), *((name, history[2][name], 3) for name in history[2] if name != "epoch")]
+    assert told == expected
+
+
+# --- other passes
+
+
+def test_half_precision_is_recorded_and_goes_on(train, few):
+    run = (*SMALL, "--epochs", "3", "--precision", "bfloat16")
+    assert train(*run, "--out", "whole.pt").code == 0
+    with interrupted(checkpoint, "save", 1, after=True):
+        assert train(*run, "--out", "net.pt").code == 130
+    assert checkpoint.read("net.pt").record["precision"] == "bfloat16"
+    says(train("rotdigits", "--resume", "net.pt", "--precision", "float32"), "leave out --precision")
+    assert train("rotdigits", "--resume", "net.pt").code == 0
+    whole, resumed = checkpoint.read("whole.pt"), checkpoint.read("net.pt")
+    assert equal(whole.model, resumed.model)
+    assert timeless(whole.record) == timeless(resumed.record)
+    torch.manual_seed(0)
+    model = create_model("p4cnn", width=2)
+    recipe = Recipe(epochs=3, batch_size=60, decay_epoch=2)
+    fit(model, few.train, recipe, seed=0, precision="bfloat16")
+    assert equal(resumed.model, model)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("command", ["--precision float16", "--recipe none"])
+def test_an_unknown_precision_or_recipe_is_told_before_anything_is_read(monkeypatch, train, command):
+    monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("too late"))
+    option, value = command.split()
+    says(train(*SMALL, option, value), f"unknown {option.strip('-')} {value!r}; accepted: ")
+
+
+def test_compile_without_a_compiler_is_one_line(tmp_path):
+    paths = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1]), "PATH": "", "CXX": "/none"}
+    environment = {**paths, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    argv = [sys.executable, "-m", "gconv.train", *SMALL, "--compile", "--out", "net.pt"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    says(Result(done.returncode, done.stdout, done.stderr), "torch.compile does not work here", "compiler")
+    assert not Path("net.pt").exists()

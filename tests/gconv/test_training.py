@@ -17,7 +17,7 @@ from gconv.data import Split
 from gconv.errors import InputError
 from gconv.models import Model, create_model
 from gconv.recipe import Recipe
-from gconv.training import environment, evaluate, fit, pick_device
+from gconv.training import environment, evaluate, fit, pick_device, steps_of_epoch
 
 SHORT = Recipe(epochs=4, batch_size=10, decay_epoch=3)
 
@@ -268,3 +268,174 @@ def test_evaluation_gives_every_part_its_mode_back_also_after_an_error() -> None
     with pytest.raises(RuntimeError):
         evaluate(model, Split(torch.rand(4, 1, 2, 2), torch.arange(4)))
     assert (model.training, model.bn1.training, model.bn2.training) == (True, False, True)
+
+
+# --- what cannot be learned from
+
+
+def without(**changes: Any) -> Split:
+    """The training images with a change: of all images, of all labels, or of one of either."""
+    images, labels = (part.clone() for part in TRAIN)
+    if "pixel" in changes:
+        images[5, 0, 3, 4] = changes["pixel"]
+    if "label" in changes:
+        labels[7] = changes["label"]
+    return Split(changes.get("images", images), changes.get("labels", labels))
+
+
+BAD = {
+    "a label above the classes": (without(label=10), "labels go from 0 to 10; accepted: 0 to 9"),
+    "a label below zero": (without(label=-1), "labels go from -1 to 9; accepted: 0 to 9"),
+    "labels that are no whole numbers": (
+        without(labels=TRAIN.labels.float()),
+        "24 images and labels [24] of torch.float32; accepted: one whole number an image",
+    ),
+    "labels that are flags": (without(labels=TRAIN.labels > 4), "24 images and labels [24] of torch.bool; accepted"),
+    "a label too few": (without(labels=TRAIN.labels[1:]), "24 images and labels [23] of torch.int64; accepted"),
+    "labels one-hot": (without(labels=F.one_hot(TRAIN.labels)), "24 images and labels [24, 10] of torch.int64"),
+    "NaN": (without(pixel=math.nan), "image number 5 has NaN or infinite pixels; accepted: finite numbers"),
+    "infinity": (without(pixel=-math.inf), "image number 5 has NaN or infinite pixels"),
+    "smaller images": (
+        without(images=torch.rand(24, 1, 27, 27)),
+        "the network cannot take images [1, 27, 27]; it takes [1, 28, 28]",
+    ),
+    "larger images": (without(images=torch.rand(24, 1, 32, 32)), "the network cannot take images [1, 32, 32]"),
+    "tiny images": (without(images=torch.rand(24, 1, 8, 8)), "the network cannot take images [1, 8, 8]"),
+    "images in colour": (without(images=torch.rand(24, 3, 28, 28)), "the network cannot take images [3, 28, 28]"),
+    "images without a channel": (without(images=torch.rand(24, 28, 28)), "the network cannot take images [28, 28]"),
+    "images in a row": (without(images=torch.rand(24, 784)), "the network cannot take images [784]"),
+    "no images": (Split(TRAIN.images[:0], TRAIN.labels[:0]), "the data set has no images"),
+}
+
+
+@pytest.mark.parametrize("name", ["p4cnn", "z2cnn"])
+@pytest.mark.parametrize(("split", "said"), BAD.values(), ids=BAD)
+def test_bad_images_and_labels_are_one_line_and_change_nothing(name, split, said):
+    for part in ({"train": split}, {"train": TRAIN, "validation": split}):
+        torch.manual_seed(0)
+        model = create_model(name, width=2).train()
+        before = state(model)
+        with pytest.raises(InputError) as caught:
+            fit(model, recipe=SHORT, seed=0, **part)
+        assert str(caught.value).startswith(said)
+        assert "\n" not in str(caught.value)
+        assert equal(state(model), before)
+        assert all(module.training for module in model.modules())
+
+
+def test_a_network_of_ones_own_is_told_why():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 10))
+    with pytest.raises(InputError, match=r"^the network cannot take images \[1, 28, 28\]: .*784"):
+        fit(model, TRAIN, SHORT, seed=0)
+
+
+def test_one_class_cannot_be_learned_but_can_be_scored():
+    one = Split(TRAIN.images, torch.full_like(TRAIN.labels, 3))
+    with pytest.raises(InputError, match=r"^all training images have the label 3; accepted: two classes or more$"):
+        fit(network(), one, SHORT, seed=0)
+    fit(network(), TRAIN, dataclasses.replace(SHORT, epochs=1), seed=0, validation=one)
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(InputError, match=r"^a batch of 25 is larger than the training set of 24 images$"):
+        fit(network(), TRAIN, dataclasses.replace(SHORT, batch_size=25), seed=0)
+    fit(network(), TRAIN, dataclasses.replace(SHORT, batch_size=24, epochs=1), seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int8], ids=str)
+def test_labels_may_be_of_any_type_of_whole_numbers(dtype):
+    narrow = Split(TRAIN.images, TRAIN.labels.to(dtype))
+    model = network()
+    history = fit(model, narrow, SHORT, seed=3, validation=narrow)
+    weights, expected = trained(3, validation=TRAIN)
+    assert equal(state(model), weights)
+    assert timeless(history) == expected
+
+
+def test_an_unknown_precision_is_told():
+    with pytest.raises(InputError, match="unknown precision 'float16'; accepted: float32, bfloat16"):
+        fit(network(), TRAIN, SHORT, seed=0, precision="float16")
+
+
+# --- a state that does not fit
+
+
+def kept_state(model: Model, recipe: Recipe = SHORT) -> dict[str, Any]:
+    """After two epochs."""
+    states: list[dict[str, Any]] = []
+    fit(model, TRAIN, recipe, seed=3, after_epoch=lambda row, resume: states.append(copy.deepcopy(resume)))
+    return states[1]
+
+
+def test_the_state_of_another_network_or_recipe_is_refused():
+    own = kept_state(network())
+    averaged = dataclasses.replace(SHORT, averaging=0.5)
+    cases = [
+        (create_model("p4cnn", width=3), SHORT, own),
+        (create_model("z2cnn", width=2), SHORT, own),
+        (create_model("gc-p4cnn", width=2), SHORT, own),
+        (network(), averaged, own),
+        (network(), dataclasses.replace(SHORT, epochs=1), own),
+        (network(), SHORT, {**own, "partial_epoch": {"step": 3, "loss_sum": 0.0, "wrong": 0, "seconds": 0.0}}),
+        (network(), SHORT, {**own, "partial_epoch": 3}),
+        (network(), SHORT, {**own, "optimizer": None}),
+        (network(), SHORT, {"optimizer": own["optimizer"]}),
+        (create_model("p4cnn", width=3), averaged, kept_state(network(), averaged)),
+    ]
+    for model, recipe, resume in cases:
+        with pytest.raises(InputError, match=r"^the state of the run does not fit the network and its recipe: "):
+            fit(model, TRAIN, recipe, seed=3, resume=copy.deepcopy(resume))
+
+
+# --- other passes
+
+
+def test_half_precision_passes_train_single_precision_weights():
+    model = network()
+    scores: list[torch.dtype] = []
+    hook = model.register_forward_hook(lambda net, inputs, output: scores.append(output.dtype))
+    history = fit(model, TRAIN, SHORT, seed=3, validation=VALIDATION, precision="bfloat16")
+    hook.remove()
+    assert scores.count(torch.bfloat16) == 12
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    single, expected = trained(3, validation=VALIDATION)
+    assert not equal(state(model), single)
+    assert [row["train_loss"] for row in history] == pytest.approx([row["train_loss"] for row in expected], rel=0.1)
+
+
+def test_compiled_passes_train_the_same_network(monkeypatch):
+    """Through what PyTorch makes of the network, but without its compiler, which takes a minute."""
+    original, compiled = torch.compile, []
+
+    def compile(function: Any) -> Any:
+        compiled.append(function)
+        return original(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = network()
+    history = fit(model, TRAIN, SHORT, seed=3, compiled=True)
+    assert compiled == [torch.neg, model]
+    expected = trained(3)[1]
+    assert [row["train_loss"] for row in history] == pytest.approx([row["train_loss"] for row in expected], rel=1e-3)
+
+
+def test_without_a_compiler_that_is_one_line_before_anything_is_trained(monkeypatch):
+    def missing(function: Any) -> Any:
+        def call(*_: Any) -> None:
+            raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", missing)
+    model = network()
+    before = state(model)
+    with pytest.raises(InputError) as caught:
+        fit(model, TRAIN, SHORT, seed=3, compiled=True)
+    said = "torch.compile does not work here (No working C++ compiler found); it needs a C++ compiler"
+    assert str(caught.value) == said
+    assert equal(state(model), before)
+
+
+@pytest.mark.parametrize(("images", "size", "steps"), [(24, 10, 3), (21, 10, 2), (20, 10, 2), (1, 10, 1), (11, 5, 2)])
+def test_steps_of_an_epoch(images, size, steps):
+    assert steps_of_epoch(images, size) == steps
