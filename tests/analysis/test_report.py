@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from analysis import ConversionReport, convert, execution
-from analysis.memory import forward_memory
 from gconv import (
     FORMS,
     InputError,
@@ -23,6 +22,7 @@ from gconv import (
     load_dataset,
     save,
 )
+from gconv.memory import forward_memory
 
 STAGES = ["before", "converted", "batch_norm", "finetuned"]
 NO_TEST = "accuracy was not measured: no test images were given (--data)"
