@@ -22,8 +22,8 @@ def to_plain(net: Model) -> fx.GraphModule:
     It needs nothing of this package, also when it is pickled or unpickled. Layers keep their names; maps are planar,
     channel c and element s being channel ``c S + s``. Full and lifting layers become one convolution with the expanded
     filter. Separable layers run as they did: those that run dense become one convolution too, factorised ones of the
-    forms ``gc`` and ``gc_in`` become two, a 1x1 mix and a depthwise one. The other forms move or sum maps in between,
-    for which dense is mostly the faster way; they become one.
+    forms ``gc`` and ``gc_in`` become a sum of as many terms as their rank, each a 1x1 mix and a depthwise convolution.
+    The other forms move or sum maps in between, for which dense is mostly the faster way; they become one.
 
     Args:
         net: a network of :func:`gconv.create_model`, converted or not; it stays as it is.
@@ -95,31 +95,29 @@ class _Plain:
         return self.graph.call_method(method, (self.graph.call_method("unflatten", (x, 1, (-1, size))), 2))
 
     def _convolutions(self, name: str, layer: _GroupConv, x: fx.Node) -> fx.Node:
-        steps = _steps(layer)
-        outputs = layer.out_channels * self.order
-        terms = len(steps[-1].filter) // outputs
-        bias = None
-        if layer.bias is not None:
-            shared = layer.bias.repeat_interleave(self.order)
-            # Of several terms that will be summed, the first has the whole bias.
-            bias = torch.stack([shared, *[torch.zeros_like(shared)] * (terms - 1)], 1).flatten()
-        for number, step in enumerate(steps):
-            last = number == len(steps) - 1
-            x = self._call(name if len(steps) == 1 else f"{name}.{number}", _conv2d(step, bias if last else None), x)
-        return x if terms == 1 else self._reduce("sum", terms, x)
+        terms = _terms(layer)
+        total: fx.Node | None = None
+        for number, steps in enumerate(terms):
+            y = x
+            for place, step in enumerate(steps):
+                # Of several terms the first has the bias.
+                biased = layer.bias is not None and number == 0 and step is steps[-1]
+                bias = layer.bias.repeat_interleave(self.order) if biased and layer.bias is not None else None
+                parts = [name, *([str(number)] if len(terms) > 1 else []), *([str(place)] if len(steps) > 1 else [])]
+                y = self._call(".".join(parts), _conv2d(step, bias), y)
+            total = y if total is None else self.graph.call_method("add", (total, y))
+        assert total is not None
+        return total
 
 
-def _steps(layer: _GroupConv) -> tuple[Convolution, ...]:
-    """The convolutions that do what the layer does, one after the other.
-
-    They end in the layer's maps, or in several terms of each, next to one another, that are to be summed.
-    """
+def _terms(layer: _GroupConv) -> tuple[tuple[Convolution, ...], ...]:
+    """What the layer does, as a sum of terms, each some convolutions one after the other."""
     if isinstance(layer, SeparableGConv2d) and layer.execution == "factorized":
-        steps = layer.form.convolutions(layer.mix, layer.spatial, layer.tables, layer.sampling)
-        if steps is not None:
-            return steps
+        terms = layer.form.convolutions(layer.mix, layer.spatial, layer.tables, layer.sampling)
+        if terms is not None:
+            return terms
     assert isinstance(layer, (_FullConv, SeparableGConv2d))
-    return (Convolution(expand(layer.weight, layer.tables.expansion), 1, layer.sampling),)
+    return ((Convolution(expand(layer.weight, layer.tables.expansion), 1, layer.sampling),),)
 
 
 def _conv2d(step: Convolution, bias: Tensor | None) -> nn.Conv2d:

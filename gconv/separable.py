@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import reduce
 from typing import ClassVar, Literal, NamedTuple
 
@@ -103,11 +104,8 @@ class Form(ABC):
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
-    ) -> tuple[Convolution, ...] | None:
-        """:meth:`run` as ordinary convolutions one after the other, or None if it also moves maps about.
-
-        They end in the O S output maps, or in several terms of each, next to one another, that are to be summed.
-        """
+    ) -> tuple[tuple[Convolution, ...], ...] | None:
+        """:meth:`run` as a sum of terms, each of ordinary convolutions in a row; None if it is more than that."""
         return None
 
     @property
@@ -244,20 +242,26 @@ class SharedPerOutput(Form):
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         o, rank, i, s = mix.shape
         k = spatial.shape[-1]
-        w = seen(mix, tables.relative).permute(0, 3, 1, 2, 4).reshape(o * s * rank, i * s, 1, 1)
-        return w, turned(spatial, tables.pixels).reshape(o * s * rank, 1, k, k)
+        w = seen(mix, tables.relative).permute(1, 0, 3, 2, 4).reshape(rank * o * s, i * s, 1, 1)
+        return w, turned(spatial, tables.pixels).permute(2, 0, 1, 3, 4).reshape(rank * o * s, 1, k, k)
 
     def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
-        y = F.conv2d(F.conv2d(x, w), d, None, *sampling, groups=len(d))
-        # Depthwise and then a sum. A grouped convolution of R inputs each would sum too, but for R > 1 it is no longer
-        # depthwise, the case that backends have a kernel for.
-        return y if rank == 1 else y.unflatten(1, (shape.out_channels * shape.order, rank)).sum(2)
+        maps = shape.out_channels * shape.order
+        # One term of the sum after the other, each with a depthwise convolution, for which backends have a kernel: two
+        # or three times faster than all terms at once and then their sum, or a grouped convolution that sums.
+        return _sum(
+            F.conv2d(F.conv2d(x, mix), plane, None, *sampling, groups=maps)
+            for mix, plane in zip(w.chunk(rank), d.chunk(rank), strict=True)
+        )
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
-    ) -> tuple[Convolution, ...] | None:
-        w, d = self.filters(mix, spatial, tables)
-        return Convolution(w, 1, Sampling()), Convolution(d, len(d), sampling)
+    ) -> tuple[tuple[Convolution, ...], ...] | None:
+        w, d = (factor.chunk(mix.shape[1]) for factor in self.filters(mix, spatial, tables))
+        return tuple(
+            (Convolution(one, 1, Sampling()), Convolution(plane, len(plane), sampling))
+            for one, plane in zip(w, d, strict=True)
+        )
 
 
 class SharedPerInput(Form):
@@ -278,17 +282,24 @@ class SharedPerInput(Form):
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         i, rank, o, s = mix.shape
         k = spatial.shape[-1]
-        w = seen(mix, tables.relative).permute(2, 3, 0, 4, 1).reshape(o * s, i * s * rank, 1, 1)
-        return w, turned(spatial, tables.pixels).reshape(i * s * rank, 1, k, k)
+        w = seen(mix, tables.relative).permute(1, 2, 3, 0, 4).reshape(rank * o * s, i * s, 1, 1)
+        return w, turned(spatial, tables.pixels).permute(2, 0, 1, 3, 4).reshape(rank * i * s, 1, k, k)
 
     def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
-        return F.conv2d(F.conv2d(x, d, None, *sampling, groups=shape.in_channels * shape.order), w)
+        maps = shape.in_channels * shape.order
+        return _sum(  # one term after the other, as in gc
+            F.conv2d(F.conv2d(x, plane, None, *sampling, groups=maps), mix)
+            for mix, plane in zip(w.chunk(rank), d.chunk(rank), strict=True)
+        )
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
-    ) -> tuple[Convolution, ...] | None:
-        w, d = self.filters(mix, spatial, tables)
-        return Convolution(d, len(mix) * mix.shape[-1], sampling), Convolution(w, 1, Sampling())
+    ) -> tuple[tuple[Convolution, ...], ...] | None:
+        w, d = (factor.chunk(mix.shape[1]) for factor in self.filters(mix, spatial, tables))
+        return tuple(
+            (Convolution(plane, len(plane), sampling), Convolution(one, 1, Sampling()))
+            for one, plane in zip(w, d, strict=True)
+        )
 
 
 class TurnedPerPair(Form):
@@ -387,6 +398,14 @@ def check_execution(execution: str) -> Execution:
         if execution == known:
             return known
     raise one_of("execution", execution, EXECUTIONS)
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    """In place, as every term is fresh."""
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
 
 
 def _frame(pixels: Tensor, order: int) -> Tensor:
