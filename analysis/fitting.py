@@ -28,9 +28,9 @@ PRIOR = 1e-3
 _FLOOR = 1e-10  # relative to the largest eigenvalue: below this a direction is rounding
 _LEAST_WEIGHT = 1e-2  # relative to the mean: no channel is given up, the estimate of its weight may be wrong
 _FIRST_STEPS = 5  # before one of the two starts is dropped
-ROUNDS_WORK = 10**11
+ROUNDS_WORK = 2 * 10**10
 """Multiply-accumulates of the default number of rounds. The first rounds gain the most, so large layers end early."""
-_ROUNDS = (5, 100)  # at least and at most
+_ROUNDS = (3, 100)  # at least and at most
 
 
 @dataclass(frozen=True)
