@@ -53,7 +53,7 @@ def _row(path: str) -> tuple[str, ...]:
         Path(path).name,
         spec.name,
         spec.group,
-        ", ".join(sorted(forms)) or "full",
+        ", ".join(sorted(forms)) or spec.separable or "full",
         "/".join(map(str, spec.widths)),
         f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
         images,
