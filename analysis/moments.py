@@ -92,13 +92,13 @@ class _Sums:
             if share < 1:
                 kept = torch.rand(len(patches), generator=generator) < share
                 patches, out = patches[kept], out[kept]
-            # Products within a block in the precision of the maps, whose rounding they have anyway; then in double.
-            self.count += len(patches)
-            self.second += patches.mT @ patches
-            self.cross += out.mT @ patches
-            self.power += out.double().square().sum(0)
-            self.mean += patches.double().sum(0)
-            self.target += out.double().sum(0)
+            p, out = patches.double(), out.double()  # errors are small differences of these sums
+            self.count += len(p)
+            self.second.addmm_(p.mT, p)
+            self.cross.addmm_(out.mT, p)
+            self.power += out.square().sum(0)
+            self.mean += p.sum(0)
+            self.target += out.sum(0)
 
     def averaged(self) -> Moments:
         """The moments, averaged over the patches and over the orbit of each."""
