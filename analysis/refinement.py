@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gconv.models import Model
 from gconv.modes import evaluating
 
-# Chosen on the validation part of rotmnist-regen (P4CNN, gc_in at rank 1).
+# Chosen on the validation part of rotmnist-regen, with one network (P4CNN, gc_in at rank 1).
 PASSES = 1
-"""Over the training images, for each layer; twice as many were no better."""
+"""Over the training images, for each layer."""
 _BATCH = 64
 _LEARNING_RATE = 1e-2
 _PROBE = 256

@@ -1,8 +1,8 @@
 """Convert and retrain against training from scratch: one size, one recipe, one number of epochs in all.
 
 From the root of the repository: ``python -m benchmarks.retraining run`` does every run of ``RUNS`` that has no record
-yet (so it can be stopped and continued; hours on two cores), and ``… table`` prints the table of README.md and of the
-notebook. Each run trains a full P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420
+yet (so it can be stopped and continued; hours on two cores), and ``… table`` prints their
+table. Each run trains a full P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420
 parameters, and retrains that by the same recipe for the other half; from scratch, the same size is trained for all 50
 (``python -m gconv.experiments rotmnist``). With a weight of ``separability``, the full network is trained under the
 penalty of :mod:`gconv.penalty`. All on the train and validation images, as nothing is chosen; test errors are read off

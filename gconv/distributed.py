@@ -31,7 +31,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Take part in the run that ``torchrun`` started, if it did; gives the device of this process.
+    """Take part in the run that ``torchrun`` started, if it did; gives the kind of device of this process.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``; every process takes the GPU of its local rank.
@@ -48,6 +48,8 @@ def joined(device: str) -> Iterator[str]:
         raise InputError(f"process {local} of this machine has no GPU of its own; accepted: --device cpu, or fewer")
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield f"cuda:{local}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(local)
+        yield "cuda" if cuda else "cpu"
     finally:
         distributed.destroy_process_group()

@@ -73,8 +73,8 @@ def is_channels_last(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """A planar map in the memory format that convolutions are fastest in: channels-last in float32 on a CPU.
 
-    There the dense filters take two thirds of the time that they take on contiguous maps, the planar kernels of
-    separable ones a third. Convolutions and batch norm hand the format on, so a network asks for it once.
+    ``benchmarks/training_speed.py`` measures what that brings. Convolutions and batch norm hand the format on, so a
+    network asks for it once.
     """
     if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype != torch.float32:  # a tracer's stand-in is none
         return x

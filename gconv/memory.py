@@ -59,8 +59,8 @@ def training_memory(model: nn.Module, images: Tensor) -> int:
 def reuse_freed_memory() -> None:
     """Let this process keep the memory that it frees, for its next tensors; on Linux with glibc, else nothing.
 
-    By default large blocks go back to the system at once, which hands out new ones page by page, cleared: half of the
-    time of a training step on a CPU went into that. For programs that train, not for libraries.
+    By default large blocks go back to the system at once, which hands out new ones page by page, cleared; a training
+    step on a CPU spends much of its time on that. For programs that train, not for libraries.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -247,8 +247,8 @@ class SharedPerOutput(Form):
 
     def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
         maps = shape.out_channels * shape.order
-        # One term of the sum after the other, each with a depthwise convolution, for which backends have a kernel: two
-        # or three times faster than all terms at once and then their sum, or a grouped convolution that sums.
+        # One term of the sum after the other, each with a depthwise convolution, for which backends have a kernel. All
+        # terms at once and then their sum would also leave the memory format.
         return _sum(
             F.conv2d(F.conv2d(x, mix), plane, None, *sampling, groups=maps)
             for mix, plane in zip(w.chunk(rank), d.chunk(rank), strict=True)
