@@ -38,6 +38,7 @@ _PATCHES = 100_000
 _WEIGHT_IMAGES = 512  # for what an error in each channel costs
 _BATCHNORM_IMAGES = 2000  # between the layers; at the end all
 _PASSES = 8  # at most so many groups of layers are fitted one after the other
+_PASSES_WORK = 2 * 10**13  # multiply-accumulates of their forward passes together; large networks take fewer groups
 _ROUNDS = 6  # of tightening a limit of time until the measured time is within it
 _TRIALS = 6  # halvings of the range of parameters in search of the largest drop allowed
 _UNITS = {"params": "parameters", "macs": "macs", "latency": "milliseconds"}
@@ -505,7 +506,9 @@ class _Job:
         order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(self.seed))
         images = self.train.images[order[:_IMAGES]]
         weights = channel_weights(self.before, names, images[:_WEIGHT_IMAGES], seed=self.seed) if names else {}
-        for group in passes(self.before, names, max(1, -(-len(names) // _PASSES))):
+        forward = max(1, self.costs.macs_executed * len(images))
+        number = max(1, min(_PASSES, _PASSES_WORK // (3 * forward)))  # inputs, outputs, and batch norm thereafter
+        for group in passes(self.before, names, max(1, -(-len(names) // number))):
             moments = collect_moments(self.before, after, group, images, seed=self.seed, patches=_PATCHES)
             for name in group:
                 layer, (form, rank, execution) = self.layers[name], self.settings(plan[name])

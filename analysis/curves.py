@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator, NullLocator
 
-from gconv.tables import PUBLISHED, efficiency, is_published
+from gconv.tables import PUBLISHED, by_recipe, efficiency, is_published
 
 Record = dict[str, Any]
 
@@ -48,22 +49,57 @@ def plot_training(records: Sequence[Record]) -> Figure:
     Args:
         records: of one data set.
     """
+    histories = {
+        model: record["history"]
+        for model in PUBLISHED
+        for record in records
+        if is_published(record, model) and record["seed"] == 0
+    }
+    return plot_histories(histories, {"train_loss": "training loss", "train_error": "training error (%)"})
+
+
+def plot_histories(histories: Mapping[str, Sequence[dict[str, Any]]], quantities: Mapping[str, str]) -> Figure:
+    """What was kept after every epoch, a line for each history and a panel for each quantity.
+
+    Args:
+        histories: by their label; the rows of :func:`gconv.fit`.
+        quantities: keys of the rows, and what is written at the axis.
+    """
     with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    colours = sns.color_palette("colorblind", len(PUBLISHED))
-    for model, colour in zip(PUBLISHED, colours, strict=True):
-        own = [record for record in records if is_published(record, model) and record["seed"] == 0]
-        for record in own:
-            epochs = [row["epoch"] for row in record["history"]]
-            for axis, key in zip(axes, ("train_loss", "train_error"), strict=True):
-                axis.plot(epochs, [row[key] for row in record["history"]], color=colour, lw=1.3, label=model)
-    for axis, label in zip(axes, ("training loss", "training error (%)"), strict=True):
+        figure, axes = plt.subplots(1, len(quantities), figsize=(5.5 * len(quantities), 4), layout="constrained")
+    colours = sns.color_palette("colorblind", len(histories))
+    for axis, (key, label) in zip(np.atleast_1d(axes), quantities.items(), strict=True):
+        for (name, history), colour in zip(histories.items(), colours, strict=True):
+            axis.plot(
+                [row["epoch"] for row in history], [row[key] for row in history], color=colour, lw=1.3, label=name
+            )
         axis.set(yscale="log", xlabel="epoch", ylabel=label)
-    axes[1].set_yscale("symlog", linthresh=0.01)  # it reaches zero
-    axes[1].set_ylim(bottom=0)
-    axes[1].yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    handles, labels = axes[0].get_legend_handles_labels()
+        if any(row[key] == 0 for history in histories.values() for row in history):
+            axis.set_yscale("symlog", linthresh=0.01)
+            axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def plot_recipes(records: Sequence[Record]) -> Figure:
+    """Validation error of P4CNN by recipe, from the published one on: a point for each seed, and their means.
+
+    Args:
+        records: of one data set.
+    """
+    found = by_recipe(records)
+    with sns.axes_style("whitegrid"):
+        figure, axis = plt.subplots(figsize=(7.5, 3.5), layout="constrained")
+    colour = sns.color_palette("colorblind")[0]
+    for row, own in enumerate(found.values()):
+        errors = [record["validation_error"] for record in own]
+        axis.plot(errors, [row] * len(errors), "o", color=colour, alpha=0.8)
+        axis.plot(statistics.mean(errors), row, "|", color="0.2", ms=16)
+    axis.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    axis.set_xlabel("validation error (%)")
+    axis.grid(visible=False, axis="y")
     return figure
 
 

@@ -34,6 +34,8 @@ from gconv.data import Dataset, Split, load_dataset
 from gconv.files import atomic_path
 from gconv.training import environment, evaluate
 
+from .records import complete
+
 RECORDS = Path(__file__).parent / "records" / "conversion"
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 HELD_OUT = tuple(f"p4cnn-rotmnist-regen-heldout-seed{seed}" for seed in range(3))
@@ -77,8 +79,8 @@ RUNS = (
     *(Run(HELD_OUT[0], method, "params", 8910, EPOCHS) for method in ("svd g", "svd gc", "tucker", "cp")),
     *(Run(P4M, method, "params", b, EPOCHS) for b in (0.15, 0.4) for method in ("ours", "svd gc", "tucker", "cp")),
     *(Run(HELD_OUT[0], method, "params", b) for b in (0.28, 0.45) for method in ("svd gc", "tucker", "cp")),
-    *(Run(HELD_OUT[0], method, "macs", b) for b in (0.19, 0.3) for method in ("ours", "svd gc", "tucker", "cp")),
-    *(Run(WIDE, method, "params", 24640) for method in ("svd gc", "tucker", "cp")),
+    *(Run(HELD_OUT[0], m, "macs", b, EPOCHS) for b in (0.19, 0.3) for m in ("ours", "svd gc", "tucker", "cp")),
+    *(Run(WIDE, method, "params", 24640, EPOCHS) for method in ("svd gc", "tucker", "cp")),
 )
 
 
@@ -338,14 +340,7 @@ def load_records() -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["run"]:
-        RECORDS.mkdir(parents=True, exist_ok=True)
-        for run in RUNS:
-            if run.path.exists() or (argv[1:] and argv[1] not in run.path.name):
-                continue
-            document = record(run)
-            with atomic_path(run.path) as path:
-                path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            print(run.path.name, document["parameters"], document["stages"], flush=True)
+        complete([run for run in RUNS if not argv[1:] or argv[1] in run.path.name], record, "stages")
     elif argv == ["table"]:
         print(table())
     else:

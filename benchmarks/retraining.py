@@ -18,20 +18,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 import gconv
 from analysis import convert
 from analysis.finetuning import Distillation, DistilledLoss
 from gconv import experiments, tables
-from gconv.files import atomic_path
 from gconv.memory import reuse_freed_memory
 from gconv.training import environment, evaluate, fit
+
+from .records import complete
 
 RECORDS = Path(__file__).parent / "records" / "retraining"
 WORK = Path("out") / "retraining"
 DATA, FORM, EPOCHS = "rotmnist-regen", "gc_in", 25
 WEIGHTS = (0.0, 0.1, 1.0)
+STAGES = ("full", "converted", "batch_norm", "retrained")
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,7 @@ class Run:
 
 
 RUNS = tuple(
-    run
-    for seed in range(3)
-    for run in (*(Run(seed, weight) for weight in WEIGHTS), *(Run(seed, weight, True) for weight in (0.0,)))
+    run for seed in range(3) for run in (*(Run(seed, weight) for weight in WEIGHTS), Run(seed, distilled=True))
 )
 
 
@@ -90,60 +94,88 @@ def record(run: Run) -> dict[str, Any]:
     }
 
 
+def load_records() -> list[dict[str, Any]]:
+    """All records of :data:`RUNS` that there are."""
+    return [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
+
+
+def scratch_records() -> list[dict[str, Any]]:
+    """Those of training the same size from scratch, as published."""
+    records = experiments.load_records(Path(__file__).parents[1] / experiments.FOLDER, DATA)
+    return [r for r in records if r["run"] == experiments.Run("gc-p4cnn-small", r["run"].seed, DATA)]
+
+
+def ways() -> dict[str, list[dict[str, Any]]]:
+    """The records by how the network was trained, over seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(load_records(), key=lambda record: record["run"]["distilled"]):
+        how = f"{EPOCHS} epochs in full, {EPOCHS} converted"
+        if record["run"]["distilled"]:
+            how += ", with the full one as teacher"
+        if record["run"]["separability"]:
+            how += f", penalty {record['run']['separability']:g}"
+        found.setdefault(how, []).append(record)
+    return found
+
+
 def table() -> str:
     """The runs over seeds, and training from scratch, as Markdown."""
-    rows = []
-    found = [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
-    for distilled in (False, True):
-        for weight in WEIGHTS:
-            own = [r for r in found if (r["run"]["separability"], r["run"]["distilled"]) == (weight, distilled)]
-            if not own:
-                continue
-            errors = {stage: [record["test_error"][stage] for record in own] for stage in own[0]["test_error"]}
-            how = f"{EPOCHS} epochs in full, {EPOCHS} converted" + (
-                ", with the full one as teacher" if distilled else ""
-            )
-            rows.append(
-                {
-                    "training": how,
-                    "penalty": f"{weight:g}" if weight else "",
-                    "parameters": f"{round(statistics.mean(record['parameters'] for record in own)):,}",
-                    "seeds": str(len(own)),
-                    "full network": tables.spread(errors["full"]),
-                    "converted, batch norm re-estimated": tables.spread(errors["batch_norm"]),
-                    "at the end": tables.spread(errors["retrained"]),
-                }
-            )
-    scratch = [
-        record
-        for record in experiments.load_records(Path(__file__).parents[1] / experiments.FOLDER, DATA)
-        if record["run"] == experiments.Run("gc-p4cnn-small", record["run"].seed, DATA)
+
+    def row(how: str, own: list[dict[str, Any]], errors: dict[str, list[float]]) -> dict[str, str]:
+        return {
+            "training": how,
+            "parameters": f"{round(statistics.mean(record['parameters'] for record in own)):,}",
+            "seeds": str(len(own)),
+            "full network": tables.spread(errors.get("full", [])),
+            "converted, batch norm re-estimated": tables.spread(errors.get("batch_norm", [])),
+            "at the end": tables.spread(errors["retrained"]),
+        }
+
+    rows = [
+        row(how, own, {stage: [record["test_error"][stage] for record in own] for stage in STAGES})
+        for how, own in ways().items()
     ]
-    if scratch:
-        rows.append(
-            {
-                "training": f"{2 * EPOCHS} epochs from scratch (gc)",
-                "penalty": "",
-                "parameters": f"{scratch[0]['parameters']:,}",
-                "seeds": str(len(scratch)),
-                "full network": "",
-                "converted, batch norm re-estimated": "",
-                "at the end": tables.spread([record["test_error"] for record in scratch]),
-            }
-        )
+    if scratch := scratch_records():
+        errors = {"retrained": [record["test_error"] for record in scratch]}
+        rows.append(row(f"{2 * EPOCHS} epochs from scratch (gc)", scratch, errors))
     return tables.as_markdown(rows)
 
 
+def plot() -> Figure:
+    """Training error by epoch over both halves, and the test error at the end: a colour for each way, a line for a seed."""
+    with sns.axes_style("whitegrid"):
+        figure, (curves, ends) = plt.subplots(
+            1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained", gridspec_kw={"wspace": 0.05}
+        )
+    found = ways()
+    shown = {how: [(r["history"]["full"], r["history"]["retraining"]) for r in own] for how, own in found.items()}
+    ended = {how: [record["test_error"]["retrained"] for record in own] for how, own in found.items()}
+    if scratch := scratch_records():
+        how = f"{2 * EPOCHS} epochs from scratch (gc)"
+        shown[how] = [(record["history"],) for record in scratch]
+        ended[how] = [record["test_error"] for record in scratch]
+    for row, (how, colour) in enumerate(zip(shown, sns.color_palette("colorblind"), strict=False)):
+        for number, parts in enumerate(shown[how]):
+            errors = [entry["train_error"] for part in parts for entry in part]
+            label = how if number == 0 else None
+            curves.plot(range(1, len(errors) + 1), errors, color=colour, lw=1, alpha=0.8, label=label)
+        ends.plot(ended[how], [row] * len(ended[how]), "o", color=colour, alpha=0.8)
+        ends.plot(statistics.mean(ended[how]), row, "|", color="0.2", ms=16)
+    curves.axvline(EPOCHS + 0.5, color="0.4", ls=":")
+    curves.set(yscale="log", xlabel="epoch", ylabel="training error (%)")
+    curves.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ends.set(
+        yticks=range(len(shown)), yticklabels=[], ylim=(len(shown) - 0.5, -0.5), xlabel="test error at the end (%)"
+    )
+    ends.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["run"] and len(argv) == 1:
+    if argv == ["run"]:
         reuse_freed_memory()
-        for run in RUNS:
-            if run.path.exists():
-                continue
-            document = record(run)
-            with atomic_path(run.path) as path:
-                path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            print(run.path.name, document["parameters"], document["test_error"], flush=True)
+        complete(RUNS, record, "test_error")
     elif argv == ["table"]:
         print(table())
     else:

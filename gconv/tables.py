@@ -113,22 +113,23 @@ def is_published(record: Record, model: str, images: int | None = None) -> bool:
 
 def recipes(records: Sequence[Record]) -> Rows:
     """Validation error of P4CNN by recipe: what each ingredient brings."""
-    rows = []
-    for recipe in INGREDIENTS:
-        own = [r for r in records if r["run"].recipe == recipe and r["run"].held_out and r["run"].model == "p4cnn"]
-        if own:
-            errors = [record["validation_error"] for record in own]
-            last = [record["history"][-1]["train_error"] for record in own]
-            rows.append(
-                {
-                    "recipe": recipe,
-                    "epochs": str(own[0]["recipe"]["epochs"]),
-                    "seeds": str(len(own)),
-                    "validation error": spread(errors),
-                    "training error, last epoch": spread(last),
-                }
-            )
-    return rows
+    return [
+        {
+            "recipe": recipe,
+            "epochs": str(own[0]["recipe"]["epochs"]),
+            "seeds": str(len(own)),
+            "validation error": spread([record["validation_error"] for record in own]),
+            "training error, last epoch": spread([record["history"][-1]["train_error"] for record in own]),
+        }
+        for recipe, own in by_recipe(records).items()
+    ]
+
+
+def by_recipe(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of the recipes experiment by recipe, in the order in which one is made from the other."""
+    own = [record for record in records if record["run"].held_out and record["run"].model == "p4cnn"]
+    found = {recipe: [record for record in own if record["run"].recipe == recipe] for recipe in INGREDIENTS}
+    return {recipe: some for recipe, some in found.items() if some}
 
 
 def modern(records: Sequence[Record]) -> Rows:
