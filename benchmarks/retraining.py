@@ -142,7 +142,7 @@ def table() -> str:
 
 
 def plot() -> Figure:
-    """Training error by epoch over both halves, and the test error at the end: a colour for each way, a line for a seed."""
+    """Training error by epoch over both halves, and test error at the end; a colour for each way, one line a seed."""
     with sns.axes_style("whitegrid"):
         figure, (curves, ends) = plt.subplots(
             1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained", gridspec_kw={"wspace": 0.05}
