@@ -82,6 +82,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x if is_channels_last(x) else x.clone(memory_format=torch.channels_last)
 
 
+def relu(x: Tensor) -> Tensor:
+    """ReLU of a map that nothing else reads: in place, but for training, where gradients of views would cost more."""
+    return F.relu(x, inplace=not torch.is_grad_enabled())
+
+
 def gconv2d(
     x: Tensor,
     weight: Tensor,

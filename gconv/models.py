@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import GConv2d, LiftingConv2d, SeparableGConv2d
 from .errors import InputError, one_of
-from .functional import channels_last
+from .functional import channels_last, relu
 from .groups import group
 from .norm import GroupBatchNorm2d
 from .pool import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
@@ -113,7 +112,7 @@ class CNN(Model):
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
         for i in range(1, 8):
-            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+            x = relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
             if i == 2:
                 x = self.pool(x)
         return self.fc(self.group_pool(x).flatten(1))
@@ -132,9 +131,9 @@ class _Block(nn.Module):
         self.shortcut = None if same else conv(in_channels, out_channels, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
+        active = relu(self.bn1(x))
         passed = x if self.shortcut is None else self.shortcut(active)
-        return passed + self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return passed + self.conv2(relu(self.bn2(self.conv1(active))))
 
 
 class ResNet44(Model):
@@ -167,7 +166,7 @@ class ResNet44(Model):
         x = self.stem(channels_last(x))
         for stage in (1, 2, 3):
             x = getattr(self, f"stage{stage}")(x)
-        return self.fc(self.pool(F.relu(self.bn(x))).flatten(1))
+        return self.fc(self.pool(relu(self.bn(x))).flatten(1))
 
 
 def _cnn(name: str, width: int, on: str = "p4", separable: str | None = None) -> tuple[type[Model], ModelSpec]:

@@ -48,6 +48,8 @@ def to_plain(net: Model) -> fx.GraphModule:
                 # What was noted in tracing would take this package's classes, and annotations, into the files.
                 copy.type = None
                 copy.meta.clear()
+                if node.op == "placeholder":  # all maps keep the format, in which convolutions on a CPU are fastest
+                    made[node] = plain.graph.call_method("clone", (copy,), {"memory_format": torch.channels_last})
     return fx.GraphModule(plain.modules, plain.graph).eval()
 
 
