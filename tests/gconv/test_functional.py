@@ -113,3 +113,13 @@ def test_planar_layout_puts_the_group_axis_inside_the_channels():
 def test_act_refuses_a_group_axis_of_another_length() -> None:
     with pytest.raises(InputError, match=r"accepted: \[N, C, 4, H, W\]"):
         act("p4", 1, torch.zeros(1, 2, 8, 5, 5))
+
+
+def test_relu_is_in_place_where_no_gradient_is_needed():
+    x = torch.tensor([-1.0, 2.0])
+    assert relu(x.requires_grad_()).tolist() == [0.0, 2.0]
+    assert x.tolist() == [-1.0, 2.0]
+    with torch.no_grad():
+        y = relu(x.detach())
+    assert y.data_ptr() == x.data_ptr()
+    assert x.tolist() == [0.0, 2.0]
