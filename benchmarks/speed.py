@@ -43,7 +43,9 @@ def parser() -> Parser:
         "do", nargs="?", default="run", choices=["run", "table", "figure"], help="run (default), table, figure"
     )
     p.add_argument("--only", metavar="SECTION,…", help=f"of {', '.join(SECTIONS)}; default all")
-    p.add_argument("--full", action="store_true", help="more widths and networks, and more turns; half an hour")
+    p.add_argument(
+        "--full", action="store_true", help="more widths, networks and turns, half an hour; a table of every network"
+    )
     p.add_argument(
         "--out", metavar="DIR", default=RESULTS, type=Path, help="where records lie; default benchmarks/results"
     )
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import speed_report
 
         if args.do == "table":
-            print(speed_report.table(args.out))
+            print(speed_report.table(args.out, every=args.full))
         else:
             print(speed_report.draw(args.out))
         return 0

@@ -52,11 +52,11 @@ def load(folder: Path) -> dict[str, Rows]:
     return {record["section"]: record["rows"] for record in records}
 
 
-def table(folder: Path) -> str:
-    """All tables, as Markdown: the claims, the networks, the layers."""
+def table(folder: Path, *, every: bool = False) -> str:
+    """As Markdown what was claimed, and the layers; with ``every`` all networks too."""
     sections = load(folder)
     rows = [row for of_section in sections.values() for row in of_section]
-    parts = [_bars(rows), _networks(rows), _layers(rows), _conversions(sections), _start_up(sections)]
+    parts = [_bars(rows), _conversions(sections), _start_up(sections), _networks(rows) if every else "", _layers(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
