@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import is_channels_last
 from .groups import Group
 from .irreps import regular_blocks
 
@@ -67,7 +66,7 @@ class Mixing(Protocol):
         """Every mix of one map, one after the other."""
 
     def total(self, maps: Iterable[Tensor], bias: Tensor | None) -> Tensor:
-        """The sum of the mixes, each of its own map, plus a bias ``[S O]``."""
+        """The sum of the mixes, each of its own map, plus a bias ``[S O]`` that repeats itself S times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +112,8 @@ class IrrepMixing:
             yield _maps(_in_basis(self._products(turned, number, None), self.basis), x)
 
     def total(self, maps: Iterable[Tensor], bias: Tensor | None) -> Tensor:
-        if bias is not None:  # it belongs to the trivial representation; the others get zeros
-            bias = (self.basis.mT @ bias.view(len(self.basis), -1)).flatten()
+        if bias is not None:  # the same for all elements, so in the basis only the trivial representation has one
+            bias = torch.outer(self.basis.sum(0), bias.chunk(len(self.basis))[0]).flatten()
         total: Tensor | None = None
         for number, x in enumerate(maps):
             products = self._products(_in_basis(_rows(x), self.basis.mT), number, bias if total is None else None)
@@ -131,8 +130,8 @@ class IrrepMixing:
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution; channels-last it is a matrix product, which is called faster as one."""
-    if is_channels_last(x):
+    """A 1x1 convolution; where the channels lie together it is a matrix product, which is called faster as one."""
+    if x.stride(1) == 1:
         return _maps(F.linear(_rows(x), weight, bias), x)
     return F.conv2d(x, weight[:, :, None, None], bias)
 

@@ -105,7 +105,7 @@ def test_a_mean_over_many_images_is_summed_in_parts():
     """Some 10 million values far from zero: one sum of them in single precision loses the fourth digit."""
     x = torch.rand(150, 8, 90, 90).clone(memory_format=torch.channels_last) + 100
     mean, var, count = norm._statistics(x, 4)
-    maps = x.double().unflatten(1, (2, 4)).transpose(0, 1).flatten(1)
+    maps = from_group_major(x.double(), 4).transpose(0, 1).flatten(1)
     close(mean, maps.mean(1), 3e-7)
     close(var, maps.var(1, correction=0), 1e-3)
     assert count == maps.shape[1]
@@ -210,8 +210,8 @@ def test_a_network_is_channels_last_what_it_is_natively_and_contiguous(monkeypat
     contiguous = passed()
     largest = max(float(value.abs().max()) for value in exact)  # some biases have no gradient but by rounding
     for a, b, c in zip(last, contiguous, exact, strict=True):
-        assert float((a - b).abs().max()) <= 1e-5 * largest
-        assert float((a - c).abs().max()) <= 1e-5 * largest
+        assert float((a - b).abs().max()) <= 2e-5 * largest
+        assert float((a - c).abs().max()) <= 2e-5 * largest
 
 
 def test_a_distributed_run_has_no_second_derivatives(monkeypatch):
