@@ -88,8 +88,8 @@ def convert(
             was tried wins.
         allocation: how params, macs or latency are shared out: ``auto`` or one of ``analysis.ALLOCATORS``.
         minimise: ``outputs`` (needs data), ``weights``, or ``auto``: outputs if there is data.
-        execution: ``dense`` or ``factorized`` for every layer; ``auto``: whichever is measured to be faster, except
-            that under ``macs`` every layer runs as its MACs were counted.
+        execution: ``dense``, ``factorized`` or ``irrep`` for every layer; ``auto``: what is measured to be fastest,
+            except that under ``macs`` every layer runs as its MACs were counted.
         data: training images with labels, a :class:`gconv.Split` or a loader of batches: layers are fitted on them,
             batch norm is re-estimated, and fine-tuning learns from them.
         validation: images that the network was not trained on: options are compared on them, if given.
@@ -216,6 +216,9 @@ class _Job:
         ):
             if value not in known:
                 raise one_of(label, value, known)
+        if execution != "auto":
+            for one in forms:
+                check_execution(execution, one)
         train = None if data is None else _as_split(data)
         if minimise == "outputs" and train is None:
             raise InputError("minimise outputs needs training images; accepted: data")
@@ -545,7 +548,7 @@ class _Job:
             layer.execution, times = known[key]
             execution = layer.execution
             row.milliseconds = times["dense"], times[execution]
-            row.why += f"; {execution}: {times['factorized']:.2f} ms factorized, {times['dense']:.2f} ms dense"
+            row.why += f"; {execution}: " + ", ".join(f"{ms:.2f} ms {way}" for way, ms in times.items())
 
 
 def _timed_options(

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import processes, sum_over_processes
 from .errors import InputError
-from .functional import is_channels_last, to_planar
+from .functional import from_group_major, to_group_major
 
 _aten = torch.ops.aten
 
@@ -33,19 +33,19 @@ class GroupBatchNorm2d(_BatchNorm):
         """
         if input.dim() not in (4, 5):
             raise InputError(f"GroupBatchNorm2d got an input of shape {list(input.shape)}; accepted: [N, C, S, H, W]")
-        x = to_planar(input)
+        x = to_group_major(input)
         order = x.shape[1] // input.shape[1]
         if not (self.training or self.running_mean is None):
             mean, var, weight, bias = (
-                of if of is None or order == 1 else of.repeat_interleave(order)
+                of if of is None or order == 1 else of.repeat(order)
                 for of in (self.running_mean, self.running_var, self.weight, self.bias)
             )
             y = F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
-        elif processes() > 1 or (order > 1 and _is_slow_natively(x)):
+        elif processes() > 1 or (order > 1 and _is_slow_natively(input)):
             y = self._normalised(x, order)
         else:
             return super().forward(input)
-        return y.view(input.shape) if order == 1 else y.unflatten(1, input.shape[1:3])
+        return y.view(input.shape) if order == 1 else from_group_major(y, order)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # done in forward
@@ -65,9 +65,11 @@ class GroupBatchNorm2d(_BatchNorm):
 
 
 def _is_slow_natively(x: Tensor) -> bool:
-    """Whether PyTorch's kernel for maps with a group axis is many times slower on this one: channels-last, on a CPU."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-    return plain and is_channels_last(x) and not torch.compiler.is_compiling()
+    """Whether PyTorch's kernel for maps with a group axis would copy this one first: the layers' are group-major.
+
+    Channels-last, on a CPU, it is many times slower besides.
+    """
+    return type(x) is Tensor and not x.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -76,7 +78,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch norm of ``[N, C S, H, W]`` with statistics shared by the S maps of a channel and by all processes.
+    """Batch norm of group-major ``[N, S C, H, W]``; the S maps of a channel, and all processes, share statistics.
 
     Made of PyTorch's kernels for one statistic a map, which are fast in both memory formats.
     """
@@ -90,7 +92,7 @@ class _Normalise(torch.autograd.Function):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.order, ctx.eps, ctx.count = order, eps, count
-        per_map = (value.repeat_interleave(order) for value in (weight, bias, mean, var))
+        per_map = (value.repeat(order) for value in (weight, bias, mean, var))
         y = _aten.native_batch_norm(x, *per_map, False, 0.0, eps)[0]
         total = mean.new_tensor(count)
         ctx.mark_non_differentiable(mean, var, total)
@@ -103,16 +105,15 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: the native operation has one
             if processes() > 1:
                 raise InputError("batch norm has no second derivatives in a distributed run")
-            size = (len(weight), order)
-            y = F.batch_norm(x.unflatten(1, size), None, None, weight, bias, training=True, eps=eps)
+            y = F.batch_norm(from_group_major(x, order), None, None, weight, bias, training=True, eps=eps)
             needed = [value for value in (x, weight, bias) if value.requires_grad]
-            found = iter(torch.autograd.grad(y, needed, grad.unflatten(1, size), create_graph=True))
+            found = iter(torch.autograd.grad(y, needed, from_group_major(grad, order), create_graph=True))
             return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None, None
-        w, m, v = (value.repeat_interleave(order) for value in (weight, mean, var))
+        w, m, v = (value.repeat(order) for value in (weight, mean, var))
         # As if mean and variance were constants, and then what depends on x through them: a line in x for each map.
         dx, dw, db = _aten.native_batch_norm_backward(grad, x, w, m, v, None, None, False, eps, [True, True, True])
-        dw, db = (value.view(-1, order).sum(1) for value in (dw, db))
-        all_dw, all_db = sum_over_processes(torch.stack((dw, db))).repeat_interleave(order, 1)
+        dw, db = (value.view(order, -1).sum(0) for value in (dw, db))
+        all_dw, all_db = sum_over_processes(torch.stack((dw, db))).repeat(1, order)
         inverse = (v + eps).rsqrt()
         slope = -w * inverse.square() * all_dw / count
         offset = -w * inverse * all_db / count - slope * m
@@ -132,12 +133,13 @@ def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
     means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
     share = torch.tensor([len(part) / n for part in parts], dtype=torch.float64, device=x.device)[:, None]
     # Of the chunks and of the S maps, then of the processes; by way of the second moment about a common point.
-    size = torch.tensor(n * order * height * width, dtype=torch.float64, device=x.device)
-    mean = (share * means).sum(0).view(-1, order).mean(1)
-    second = (share * (variances + (means - mean.repeat_interleave(order)).square())).sum(0).view(-1, order).mean(1)
+    count = n * order * height * width
+    mean = (share * means).sum(0).view(order, -1).mean(0)
+    second = (share * (variances + (means - mean.repeat(order)).square())).sum(0).view(order, -1).mean(0)
     if processes() > 1:
+        size = torch.tensor(count, dtype=torch.float64, device=x.device)
         total = sum_over_processes(size.clone())
         joint = sum_over_processes(mean * size) / total
         second = sum_over_processes((second + (mean - joint).square()) * size) / total
-        mean, size = joint, total
-    return mean.to(_precision(x)), second.to(_precision(x)), int(size)
+        mean, count = joint, int(total)
+    return mean.to(_precision(x)), second.to(_precision(x)), count
