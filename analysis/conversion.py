@@ -16,8 +16,8 @@ from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.cost import Cost, cost
 from gconv.data import Split
 from gconv.errors import InputError, one_of
+from gconv.evaluation import evaluate
 from gconv.separable import EXECUTIONS, FORMS, Form, check_execution
-from gconv.training import evaluate
 
 from .allocation import Choice, choose, energy_curves, executed_macs, forms_named, smaller_options
 from .allocators import ALLOCATORS, Option, Problem, allocate, reachable

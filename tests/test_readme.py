@@ -12,7 +12,7 @@ import analysis
 import gconv
 from analysis.screen import _change
 from benchmarks import conversion, plain_conversion
-from gconv import experiments, tables
+from gconv import experiments, runs, tables
 from gconv.catalog import table
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_conversion_tables_are_made_from_the_records(made: ModuleType) -> None:
 
 
 def test_the_rotated_mnist_table_is_made_from_the_records() -> None:
-    records = experiments.load_records(ROOT / experiments.FOLDER, "rotmnist-regen")
+    records = runs.load_records(ROOT / experiments.FOLDER, "rotmnist-regen")
     assert tables.as_markdown(tables.table("rotmnist", records)) in README
 
 

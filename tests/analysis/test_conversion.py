@@ -35,7 +35,7 @@ from gconv import (
     load,
     load_dataset,
 )
-from gconv.training import Score
+from gconv.evaluation import Score
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 trained_networks = pytest.mark.parametrize("name", ["p4cnn-rotdigits", "p4m-cnn-rotdigits"])
