@@ -135,7 +135,7 @@ def test_gradients_of_gradients_by_finite_differences():
     weight, bias = torch.rand(2, 2, dtype=torch.float64).requires_grad_().unbind()
 
     def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return norm._Normalise.apply(x, weight, bias, 2, 1e-5)[0]
+        return norm._Normalise.apply(x, weight, bias, 2, 1e-5, False)[0]
 
     inputs = x, weight.detach().requires_grad_(), bias.detach().requires_grad_()
     assert torch.autograd.gradcheck(normalised, inputs)
@@ -146,7 +146,7 @@ def test_gradients_of_gradients_by_finite_differences():
 def test_a_single_value_per_channel_has_no_variance(track):
     layer = drawn(3, track_running_stats=track)
     with pytest.raises(ValueError, match=r"^Expected more than 1 value per channel when training, got input size"):
-        norm._Normalise.apply(torch.ones(1, 3, 1, 1), torch.ones(3), torch.ones(3), 1, 1e-5)
+        norm._Normalise.apply(torch.ones(1, 3, 1, 1), torch.ones(3), torch.ones(3), 1, 1e-5, False)
     assert layer(torch.randn(1, 3, 2, 1, 1, dtype=torch.float64)).shape == (1, 3, 2, 1, 1)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         layer(torch.randn(1, 3, 1, 1, 1, dtype=torch.float64))
