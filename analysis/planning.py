@@ -114,7 +114,8 @@ class Planner:
             shown = f"{math.ceil(least * 1e3) / 1e3:.3f}ms" if ms else f"{least:,.0f}"
             raise InputError(
                 f"{self.request.budget.kind} of at most {limit:,.6g}{ms} is out of reach "
-                f"with form {self.request.form}; accepted: at least {shown}, or {min(1.0, least / total + 5e-5):.4f} of the network"
+                f"with form {self.request.form}; "
+                f"accepted: at least {shown}, or {min(1.0, least / total + 5e-5):.4f} of the network"
             )
         chosen, why = allocate(problem, self.request.allocation)
         self.report.request |= {"limit": limit, "allocation_why": why}

@@ -116,11 +116,11 @@ def _scores(student: nn.Module, teacher: nn.Module, data: Dataset) -> dict[str, 
     """Error in per cent, and the mean divergence ``KL(teacher || student)`` of the class scores in nats."""
     student.eval()
     with torch.inference_mode():
-        logs = [
+        got, expected = (
             torch.cat([F.log_softmax(network(images), 1) for images in data.validation.images.split(500)])
             for network in (student, teacher)
-        ]
-    divergence = F.kl_div(*logs, log_target=True, reduction="batchmean")
+        )
+    divergence = F.kl_div(got, expected, log_target=True, reduction="batchmean")
     return {"validation_error": evaluate(student, data.validation).error, "divergence": float(divergence)}
 
 
