@@ -91,6 +91,8 @@ def fit(
     plain = problem.split(weight, rank)  # first: it checks the rank and the weight
     steps = _rounds(form, rank, layer.filter_shape) if steps is None else steps
     starts = [plain, problem.split(_whitened(problem, rank), rank)]
+    if steps < _FIRST_STEPS:  # a large layer: there is no time to try both
+        starts = [min(starts, key=lambda start: problem.objective(problem.product(*start)))]
     runs = [problem.descend(*start, min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
     mix, spatial, more = problem.descend(mix, spatial, steps - len(history) + 1, tolerance)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis import conversion, convert, execution, report, to_dense
+from analysis import building, conversion, convert, execution, planning, report, timing, to_dense
 from analysis.allocators import ALLOCATORS
 from analysis.batchnorm import reestimate_batchnorm
 from analysis.finetuning import Distillation
+from analysis.sensitivity import fingerprint
 from gconv import (
     FORMS,
     GROUPS,
@@ -694,9 +695,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in (execution, conversion):
+    for module in (execution, timing):
         monkeypatch.setattr(module, "layer_times", made.layer_times)
-    for module in (conversion, report):
+    for module in (timing, report):
         monkeypatch.setattr(module, "latency", made.latency)
     return made
 
@@ -824,7 +825,7 @@ def test_where_everything_is_allowed_the_smallest_network_of_all_wins(measured):
 
 
 def test_where_every_conversion_loses_more_the_network_stays_as_it_is(measured, monkeypatch):
-    monkeypatch.setattr(conversion, "fit", lambda *args, **_: zeros(conversion.FORMS, *args))
+    monkeypatch.setattr(building, "fit", lambda *args, **_: zeros(FORMS, *args))
     data = pictures()
     after, done = convert(tiny(), "gc", max_drop=0.5, data=data, validation=data, sensitivity=measured)
     assert all(row.form is None for row in done.layers)
@@ -849,11 +850,12 @@ def test_a_network_that_is_left_as_it_is_keeps_its_batch_norm(measured, budget, 
         converted = any(isinstance(layer, SeparableGConv2d) for layer in network.modules())
         return Score(0.0, 100.0 if converted else 0.0, len(split.labels))
 
-    monkeypatch.setattr(conversion, "evaluate", score)
+    for module in (planning, conversion):
+        monkeypatch.setattr(module, "evaluate", score)
     model = copy.deepcopy(tiny())
     with torch.no_grad():
         model[3].running_mean += 1
-        table = {**measured, "network": conversion.fingerprint(model)}
+        table = {**measured, "network": fingerprint(model)}
         own = Split(textures(), logits(model, textures()).argmax(1))
     after, done = convert(model, "gc", data=own, validation=own, sensitivity=table, **budget)
     assert all(row.form is None for row in done.layers)
@@ -1025,11 +1027,11 @@ def counted(monkeypatch):
     """The calls of what measures the options of a network."""
     calls = []
 
-    def measure(*args, real=conversion.measure_options):
+    def measure(*args, real=planning.measure_options):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(conversion, "measure_options", measure)
+    monkeypatch.setattr(planning, "measure_options", measure)
     return calls
 
 
