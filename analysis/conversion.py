@@ -13,7 +13,7 @@ from gconv.checkpoint import apply_choices, layer_choices
 from gconv.conv import SeparableGConv2d
 from gconv.data import Split
 from gconv.errors import InputError
-from gconv.training import evaluate
+from gconv.evaluation import evaluate
 
 from .batchnorm import reestimate_batchnorm
 from .budget import Budget
