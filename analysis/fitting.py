@@ -8,7 +8,7 @@ A separable filter is bilinear in its factors, ``K[o, i, s, y] = sum_r W[o, i, r
 form, where the form says over which channels D is shared: J is quadratic in either factor while the other rests.
 Alternating least squares solves for one and the other in turn and never increases J. It starts from the plain SVD or
 from a whitened SVD (the closed form where M is a Kronecker product of a part over rows and a part over pixels),
-whichever is better after a few steps.
+whichever is better after a few steps, or at the start where a layer is so large that more than a few are not done.
 """
 
 from __future__ import annotations
