@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--minimise", default="auto", metavar="M", help="outputs, weights, or auto: outputs with --data")
     p.add_argument(
-        "--execution", default="auto", metavar="X", help="dense, factorized, or auto (default): what is faster here"
+        "--execution", default="auto", metavar="X", help="dense, factorized, irrep, or auto (default): the fastest here"
     )
     p.add_argument("--sensitivity", metavar="FILE", help="a report.json of this network, whose measurements are reused")
     p.add_argument("--finetune", type=number(int, 0), default=0, metavar="EPOCHS", help="train this long afterwards")

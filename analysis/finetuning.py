@@ -16,7 +16,7 @@ from gconv.modes import evaluating
 from gconv.recipe import Recipe
 from gconv.training import fit
 
-# Chosen on the validation part of rotmnist-regen; see benchmarks/conversion.py.
+# Chosen on the validation part of rotmnist-regen; benchmarks/finetuning.py has what was compared.
 _LEARNING_RATE = 2e-2
 _BATCH_SIZE = 64
 TARGETS = ("scores", "layers")
@@ -46,6 +46,17 @@ class Distillation:
             raise InputError(f"unknown target of distillation {self.target!r}; accepted: {', '.join(TARGETS)}")
 
 
+def finetuning_recipe(epochs: int, images: int) -> Recipe:
+    """How a converted network is trained on so many images: at a rate that rises a while and falls as a cosine."""
+    return Recipe(
+        epochs,
+        batch_size=min(_BATCH_SIZE, images),
+        learning_rate=_LEARNING_RATE,
+        weight_decay=0.0,
+        schedule="cosine",
+    )
+
+
 def finetune(
     student: nn.Module,
     teacher: nn.Module,
@@ -58,7 +69,7 @@ def finetune(
     resume: dict[str, Any] | None = None,
     after_epoch: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, resume: None,
 ) -> dict[str, Any]:
-    """Train a converted network in place: Adam at a rate that rises for a tenth of the steps and falls as a cosine.
+    """Train a converted network in place, by :func:`finetuning_recipe`.
 
     Args:
         student: the converted network.
@@ -74,13 +85,7 @@ def finetune(
     Returns:
         The recipe and the history of this call, as plain data.
     """
-    recipe = Recipe(
-        epochs,
-        batch_size=min(_BATCH_SIZE, len(train.labels)),
-        learning_rate=_LEARNING_RATE,
-        weight_decay=0.0,
-        schedule="cosine",
-    )
+    recipe = finetuning_recipe(epochs, len(train.labels))
     with DistilledLoss(student, teacher, layers, distillation) as loss:
         history = fit(
             student, train, recipe, seed=seed, loss=loss, resume=resume, after_epoch=after_epoch, label="fine-tuning"

@@ -29,7 +29,8 @@ _BATCH = 250
 _GRADIENT_BATCH = 64
 _BLOCK_BYTES = 2**26
 _MOMENT_BYTES = 2**30
-_WORK = 7.2e14  # patches times (entries of a patch)³, beyond which fewer are looked at
+_KEPT_BYTES = 2**28  # of inputs and outputs at a time; large networks see smaller batches
+_WORK = 1.2e11  # patches times (entries of a patch)², beyond which fewer are looked at
 _AT_LEAST = 3  # patches for each entry; the average over the orbit is worth as many again for each element
 _ROUNDING = 1e-12  # relative to the power: a variance below this is that of a constant
 
@@ -79,7 +80,7 @@ class _Sums:
 
     def enough(self, patches: int) -> float:
         """How many of the patches to look at: fewer where they are large, but never too few for their second moment."""
-        return min(patches, max(_AT_LEAST * self.n, _WORK / self.n**3))
+        return min(patches, max(_AT_LEAST * self.n, _WORK / self.n**2))
 
     def add(self, x: Tensor, y: Tensor, share: float, generator: torch.Generator) -> None:
         """Add this share of the patches of inputs ``[N, I, S, H, W]`` with outputs ``[N, O, S, H', W']``."""
@@ -137,8 +138,8 @@ def collect_moments(
 ) -> dict[str, Moments]:
     """Moments of some layers over images: inputs from the converted network, wanted outputs from the original one.
 
-    Streams over batches: beside the networks' own maps, the memory is one ``[n, n]`` matrix a layer and a block of
-    patches. Both networks run in eval mode and only as far as the last of the layers.
+    Streams over batches, small ones where the maps are large: beside these, the memory is one ``[n, n]`` matrix a layer
+    and a block of patches. Both networks run in eval mode and only as far as the last of the layers.
 
     Args:
         original: the network to be imitated.
@@ -146,7 +147,7 @@ def collect_moments(
         names: group-to-group layers, in the order in which they run.
         images: ``[N, C, H, W]``.
         seed: of the choice of patches where a layer has more than ``patches``.
-        patches: how many to look at, about; fewer where a patch has more than some 2,000 entries.
+        patches: how many to look at, about; fewer where a patch has more than some 1,000 entries.
     """
     like = next(original.parameters())
     sums = {name: _Sums(original.get_submodule(name), like.device) for name in names}  # type: ignore[arg-type]
@@ -154,7 +155,7 @@ def collect_moments(
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     with evaluating(original), evaluating(converted), torch.no_grad():
-        for batch in images.split(_BATCH):
+        for batch in images.split(_batch_size(original, names, images, _BATCH)):
             batch = batch.to(like)
             _run_with_hooks(converted, names, inputs, None, batch)
             _run_with_hooks(original, names, None, outputs, batch)
@@ -193,6 +194,16 @@ def _run_with_hooks(
             handle.remove()
 
 
+def _batch_size(model: nn.Module, names: Sequence[str], images: Tensor, most: int) -> int:
+    """How many images to run at a time, so that what these layers read and give stays within ``_KEPT_BYTES``."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    with evaluating(model), torch.no_grad():
+        _run_with_hooks(model, names, inputs, outputs, images[:1].to(next(model.parameters())))
+    each = sum(maps.nbytes for maps in (*inputs.values(), *outputs.values()))
+    return min(most, max(1, _KEPT_BYTES // max(1, each)))
+
+
 def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
     """How much the class scores mind each output channel of some layers: ``[O]`` for each, float64.
 
@@ -207,6 +218,7 @@ def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, s
         seed: of the directions.
     """
     like = next(model.parameters())
+    size = _batch_size(model, names, images, _GRADIENT_BATCH)
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[str, Tensor] = {}
     total: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
@@ -220,7 +232,7 @@ def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, s
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
     try:
         with evaluating(model), torch.enable_grad():
-            for batch in images.split(_GRADIENT_BATCH):
+            for batch in images.split(size):
                 # The images carry the gradient, so that there is one even where all weights are frozen.
                 scores = model(batch.to(like).requires_grad_())
                 direction = torch.randn(scores.shape, generator=generator).to(scores)

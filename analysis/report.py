@@ -77,6 +77,7 @@ class ConversionReport:
         accuracy: error in per cent at each stage: on the test images, and under ``validation`` on those.
         sensitivity: the options of each layer with their measured errors (:func:`analysis.sensitivity.to_table`), to
             be used again; None if they were not measured.
+        refinement_steps: how many each fitted layer was refined for; 0 where it was not.
         finetuning: recipe and history, None without.
         notes: what was not measured, and why.
     """
@@ -92,6 +93,7 @@ class ConversionReport:
     memory: tuple[int, int] = (0, 0)
     accuracy: dict[str, Any] = field(default_factory=dict)
     sensitivity: dict[str, Any] | None = None
+    refinement_steps: int = 0
     finetuning: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -35,7 +35,7 @@ def draw_spectra(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
     colors = colormaps["viridis"](np.linspace(0, 1, len(layers) + 2)[1:-1])  # the ends are hard to see
     columns = min(len(forms), 3)
     rows = -(-len(forms) // columns)
-    with rc_context(_STYLE):
+    with rc_context(_STYLE):  # type: ignore[arg-type]  # whose keys are one of some hundred literals
         figure.set_size_inches(4 * columns, 3.6 * rows)
         figure.set_layout_engine("constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)

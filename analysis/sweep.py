@@ -108,9 +108,11 @@ def sweep(
 
     from gconv.training import environment
 
-    from .allocation import energy_curves
-    from .conversion import _Job, convert, final_stage, score
+    from .conversion import convert, final_stage, score
     from .execution import machine
+    from .planning import Planner
+    from .report import ConversionReport
+    from .request import Request
     from .sensitivity import fingerprint
 
     settings: dict[str, Any] = {
@@ -118,12 +120,12 @@ def sweep(
     }  # fmt: skip
     splits: dict[str, Any] = {"data": data, "validation": validation, "test": test}
     # Checks everything that does not depend on the budget, before anything slow.
-    job = _Job.checked(model, budget=wanted[0], sensitivity=None, input_shape=input_shape, **settings, **splits)
-    settings["input_shape"] = list(job.size)
+    request = Request.checked(model, budget=wanted[0], sensitivity=None, input_shape=input_shape, **settings, **splits)
+    settings["input_shape"] = list(request.size)
     device = next(model.parameters()).device
     document: dict[str, Any] = {
         **(about or {}),
-        "network": fingerprint(job.before),
+        "network": fingerprint(request.before),
         "data": {name: None if split is None else _digest(split) for name, split in splits.items()},
         "options": {"unit": unit, "budgets": requested, **settings},
         "environment": {**environment(device), "machine": machine(device)},
@@ -150,11 +152,12 @@ def sweep(
 
         if not rows:
             began = time.perf_counter()
-            score(job.report, "before", job.before, validation, test)
-            job.report.measure(job.before, job.before, job.size, seed)
-            job.measured({name: energy_curves(layer) for name, layer in job.layers.items()})
-            document["sensitivity"] = job.report.sensitivity
-            add(_original(job.report), began)
+            report = ConversionReport(request.to_dict(), [])
+            score(report, "before", request.before, validation, test)
+            report.measure(request.before, request.before, request.size, seed)
+            Planner(request, report).measured()
+            document["sensitivity"] = report.sensitivity
+            add(_original(report), began)
         for budget in requested[len(rows) - 1 :]:
             began = time.perf_counter()
             bar.set_postfix_str(f"{unit} {budget}")

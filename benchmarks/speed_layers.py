@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import gconv
-from gconv.functional import channels_last
+from gconv.functional import channels_last, from_group_major
 
 from .timing import interleaved
 
 # Width and side of the maps; the first are measured always.
-CASES = {"p4": [(10, 16), (64, 16)], "p4m": [(10, 16), (28, 16), (64, 16)]}
-MORE = {"p4": [(10, 8), (10, 32), (30, 16), (64, 8), (64, 32)], "p4m": [(28, 8), (28, 32), (128, 16)]}
+CASES = {"p4": [(10, 8), (10, 32), (64, 16)], "p4m": [(28, 8), (28, 32), (64, 16), (128, 8)]}
+MORE = {"p4": [(10, 16), (30, 16), (64, 8), (64, 32), (128, 16)], "p4m": [(10, 16), (64, 8), (64, 32), (128, 16)]}
 VALUES = 1 << 21
 """About as many as the maps of a batch have."""
 
@@ -38,7 +38,7 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
         batch = max(1, min(64, VALUES // (width * order * side * side)))
         maps = channels_last(torch.randn(batch, width * order, side, side))
         images = channels_last(torch.randn(batch, 3, side, side))
-        grouped = maps.unflatten(1, (width, order))
+        grouped = from_group_major(maps, order)  # as the layer before gives them
         kinds = ("lifting", "full", *gconv.FORMS)
         networks = {kind: layer(kind, group, width) for kind in kinds}
         macs: dict[str, int] = {kind: sum(networks[kind].macs()) for kind in kinds}  # type: ignore[operator, misc]

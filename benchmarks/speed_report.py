@@ -38,6 +38,9 @@ BARS = (
     Bar("p4m-resnet44", "training", 32, "gconv, gc", ("gconv",), 1 / 1.8),
     Bar("p4m-resnet44", "inference", 32, "gconv, gc, fused", ("gconv, fused",), 1 / 2.5),
 )
+LAYER_BARS = {("p4", 10): 0.25, ("p4", 64): 0.15, ("p4m", 28): 0.15, ("p4m", 64): 0.11, ("p4m", 128): 0.09}
+"""What ``gc`` and ``gc_in`` layers take of the dense limit, forward; with backward 1.2 times that."""
+BACKWARD = 1.2
 
 
 def load(folder: Path) -> dict[str, Rows]:
@@ -56,7 +59,14 @@ def table(folder: Path, *, every: bool = False) -> str:
     """As Markdown what was claimed, and the layers; with ``every`` all networks too."""
     sections = load(folder)
     rows = [row for of_section in sections.values() for row in of_section]
-    parts = [_bars(rows), _conversions(sections), _start_up(sections), _networks(rows) if every else "", _layers(rows)]
+    parts = [
+        _bars(rows),
+        _layer_bars(rows),
+        _conversions(sections),
+        _start_up(sections),
+        _networks(rows) if every else "",
+        _layers(rows),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -133,6 +143,18 @@ def layer_shares(rows: Rows) -> Iterator[tuple[dict[str, Any], float, float]]:
         same = [other for other in layers if all(other[key] == row[key] for key in ("subject", "direction", "batch"))]
         limit = min((other for other in same if other["variant"] in DENSE), key=lambda other: other["median_ms"])
         yield row, row["median_ms"] / limit["median_ms"], row["macs"] / limit["macs"]
+
+
+def _layer_bars(rows: Rows) -> str:
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row, share, _ in layer_shares(rows):
+            limit = LAYER_BARS.get((row["group"], row["width"]))
+            if row["variant"] in ("gc", "gc_in") and limit is not None:
+                limit *= 1 if row["direction"] == "forward" else BACKWARD
+                holds = "yes" if share <= limit else "no"
+                yield row["subject"], row["direction"], row["variant"], f"{limit:.3g}", f"{share:.3f}", holds
+
+    return _markdown(("3x3 layer", "", "form", "takes at most, of the dense limit", "measured", "holds"), lines())
 
 
 def _layers(rows: Rows) -> str:

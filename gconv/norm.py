@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import processes, sum_over_processes
 from .errors import InputError
-from .functional import is_channels_last, to_planar
+from .functional import from_group_major, is_channels_last, to_group_major
 from .functional import relu as relu_of
 
 _aten = torch.ops.aten
@@ -34,21 +34,21 @@ class GroupBatchNorm2d(_BatchNorm):
         """
         if input.dim() not in (4, 5):
             raise InputError(f"GroupBatchNorm2d got an input of shape {list(input.shape)}; accepted: [N, C, S, H, W]")
-        x = to_planar(input)
+        x = to_group_major(input)
         order = x.shape[1] // input.shape[1]
         if not (self.training or self.running_mean is None):
             mean, var, weight, bias = (
-                of if of is None or order == 1 else of.repeat_interleave(order)
+                of if of is None or order == 1 else of.repeat(order)
                 for of in (self.running_mean, self.running_var, self.weight, self.bias)
             )
             y = F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
             y = relu_of(y) if relu else y
-        elif processes() > 1 or (order > 1 and _is_slow_natively(x)):
+        elif processes() > 1 or (order > 1 and _is_slow_natively(input)):
             y = self._normalised(x, order, relu)
         else:
             y = super().forward(input)
             return relu_of(y) if relu else y
-        return y.view(input.shape) if order == 1 else y.unflatten(1, input.shape[1:3])
+        return y.view(input.shape) if order == 1 else from_group_major(y, order)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # done in forward
@@ -70,9 +70,11 @@ class GroupBatchNorm2d(_BatchNorm):
 
 
 def _is_slow_natively(x: Tensor) -> bool:
-    """Whether PyTorch's kernel for maps with a group axis is many times slower on this one: channels-last, on a CPU."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-    return plain and is_channels_last(x) and not torch.compiler.is_compiling()
+    """Whether PyTorch's kernel for maps with a group axis would copy this one first: the layers' are group-major.
+
+    Channels-last, on a CPU, it is many times slower besides.
+    """
+    return type(x) is Tensor and not x.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -81,7 +83,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch norm of ``[N, C S, H, W]``, and ReLU if asked, with statistics shared by S maps and by all processes.
+    """Batch norm of group-major ``[N, S C, H, W]``, and ReLU if asked; S maps, and all processes, share statistics.
 
     On a CPU the time goes into passes over the maps, so there are as few as PyTorch's operations allow. Sums over
     pixels are matrix products, which read the maps as fast as memory gives them.
@@ -94,7 +96,7 @@ class _Normalise(torch.autograd.Function):
         mean, var, count = _statistics(x, order)
         if count <= 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-        per_map = (value.repeat_interleave(order) for value in (weight, bias, mean, var))
+        per_map = (value.repeat(order) for value in (weight, bias, mean, var))
         y = _aten.native_batch_norm(x, *per_map, False, 0.0, eps)[0]
         if relu:
             y.relu_()
@@ -111,11 +113,10 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: the native operation has one
             if processes() > 1:
                 raise InputError("batch norm has no second derivatives in a distributed run")
-            size = (len(weight), order)
-            again = F.batch_norm(x.unflatten(1, size), None, None, weight, bias, training=True, eps=eps)
+            again = F.batch_norm(from_group_major(x, order), None, None, weight, bias, training=True, eps=eps)
             again = again if y is None else F.relu(again)
             needed = [value for value in (x, weight, bias) if value.requires_grad]
-            found = iter(torch.autograd.grad(again, needed, grad.unflatten(1, size), create_graph=True))
+            found = iter(torch.autograd.grad(again, needed, from_group_major(grad, order), create_graph=True))
             return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None, None, None
         rows = _Rows(x, order)
         grad = grad if y is None else _aten.threshold_backward(grad, y, 0)
@@ -161,15 +162,15 @@ class _Rows:
     def columns(self, values: Tensor) -> Tensor:
         """The value of each column's channel."""
         if self.last:
-            return values.repeat_interleave(self.order).repeat(self.pixels)
-        return values.repeat_interleave(self.order * self.pixels)
+            return values.repeat(self.order * self.pixels)
+        return values.repeat_interleave(self.pixels).repeat(self.order)
 
     def sums(self, rows: Tensor) -> Tensor:
         """Of each channel, over all rows."""
         total = rows.new_ones(len(rows)) @ rows
         if self.last:
-            return total.view(self.pixels, self.channels, self.order).sum((0, 2))
-        return total.view(self.channels, -1).sum(1)
+            return total.view(-1, self.channels).sum(0)
+        return total.view(self.order, self.channels, self.pixels).sum((0, 2))
 
 
 def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
@@ -180,12 +181,13 @@ def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
     means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
     share = torch.tensor([len(part) / n for part in parts], dtype=torch.float64, device=x.device)[:, None]
     # Of the chunks and of the S maps, then of the processes; by way of the second moment about a common point.
-    size = torch.tensor(n * order * height * width, dtype=torch.float64, device=x.device)
-    mean = (share * means).sum(0).view(-1, order).mean(1)
-    second = (share * (variances + (means - mean.repeat_interleave(order)).square())).sum(0).view(-1, order).mean(1)
+    count = n * order * height * width
+    mean = (share * means).sum(0).view(order, -1).mean(0)
+    second = (share * (variances + (means - mean.repeat(order)).square())).sum(0).view(order, -1).mean(0)
     if processes() > 1:
+        size = torch.tensor(count, dtype=torch.float64, device=x.device)
         total = sum_over_processes(size.clone())
         joint = sum_over_processes(mean * size) / total
         second = sum_over_processes((second + (mean - joint).square()) * size) / total
-        mean, size = joint, total
-    return mean.to(_precision(x)), second.to(_precision(x)), int(size)
+        mean, count = joint, int(total)
+    return mean.to(_precision(x)), second.to(_precision(x)), count

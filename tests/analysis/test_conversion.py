@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis import conversion, convert, execution, report, to_dense
+from analysis import building, conversion, convert, execution, planning, report, timing, to_dense
 from analysis.allocators import ALLOCATORS
 from analysis.batchnorm import reestimate_batchnorm
 from analysis.finetuning import Distillation
+from analysis.sensitivity import fingerprint
 from gconv import (
     FORMS,
     GROUPS,
@@ -34,8 +35,9 @@ from gconv import (
     equivariance_error,
     load,
     load_dataset,
+    save,
 )
-from gconv.training import Score
+from gconv.evaluation import Score
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 trained_networks = pytest.mark.parametrize("name", ["p4cnn-rotdigits", "p4m-cnn-rotdigits"])
@@ -451,7 +453,7 @@ def test_to_dense_is_the_same_function(under, form):
         ({"max_drop": 1}, "^max_drop needs training and validation images; accepted: data and validation$"),
         ({"minimise": "outputs"}, "^minimise outputs needs training images; accepted: data$"),
         ({"minimise": "scores"}, "^unknown minimise 'scores'; accepted: auto, weights, outputs$"),
-        ({"execution": "sparse"}, "^unknown execution 'sparse'; accepted: auto, dense, factorized$"),
+        ({"execution": "sparse"}, "^unknown execution 'sparse'; accepted: auto, dense, factorized, irrep$"),
         (
             {"allocation": "fair"},
             "^unknown allocation 'fair'; accepted: auto, uniform, energy, minmax, lagrangian, greedy",
@@ -694,9 +696,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module in (execution, conversion):
+    for module in (execution, timing):
         monkeypatch.setattr(module, "layer_times", made.layer_times)
-    for module in (conversion, report):
+    for module in (timing, report):
         monkeypatch.setattr(module, "latency", made.latency)
     return made
 
@@ -824,7 +826,7 @@ def test_where_everything_is_allowed_the_smallest_network_of_all_wins(measured):
 
 
 def test_where_every_conversion_loses_more_the_network_stays_as_it_is(measured, monkeypatch):
-    monkeypatch.setattr(conversion, "fit", lambda *args, **_: zeros(conversion.FORMS, *args))
+    monkeypatch.setattr(building, "fit", lambda *args, **_: zeros(FORMS, *args))
     data = pictures()
     after, done = convert(tiny(), "gc", max_drop=0.5, data=data, validation=data, sensitivity=measured)
     assert all(row.form is None for row in done.layers)
@@ -849,11 +851,12 @@ def test_a_network_that_is_left_as_it_is_keeps_its_batch_norm(measured, budget, 
         converted = any(isinstance(layer, SeparableGConv2d) for layer in network.modules())
         return Score(0.0, 100.0 if converted else 0.0, len(split.labels))
 
-    monkeypatch.setattr(conversion, "evaluate", score)
+    for module in (planning, conversion):
+        monkeypatch.setattr(module, "evaluate", score)
     model = copy.deepcopy(tiny())
     with torch.no_grad():
         model[3].running_mean += 1
-        table = {**measured, "network": conversion.fingerprint(model)}
+        table = {**measured, "network": fingerprint(model)}
         own = Split(textures(), logits(model, textures()).argmax(1))
     after, done = convert(model, "gc", data=own, validation=own, sensitivity=table, **budget)
     assert all(row.form is None for row in done.layers)
@@ -1025,11 +1028,11 @@ def counted(monkeypatch):
     """The calls of what measures the options of a network."""
     calls = []
 
-    def measure(*args, real=conversion.measure_options):
+    def measure(*args, real=planning.measure_options):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(conversion, "measure_options", measure)
+    monkeypatch.setattr(planning, "measure_options", measure)
     return calls
 
 
@@ -1109,3 +1112,23 @@ def test_what_is_no_table_of_measurements_is_refused(table):
         InputError, match=r"^sensitivity is not a table of this package; accepted: that of an earlier report$"
     ):
         convert(tiny(), params=0.5, sensitivity=table)
+
+
+def test_an_execution_that_a_form_lacks_is_refused_before_anything_else():
+    words = r"form 'g' has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+    with pytest.raises(InputError, match=words):
+        convert(create_model("p4cnn", width=2), rank=1, execution="irrep")
+
+
+def test_a_network_converted_to_irreps_is_the_same_function_and_is_saved_as_such(tmp_path):
+    network = create_model("p4cnn", width=3)
+    plain, _ = convert(network, "gc_in", rank=2, execution="factorized")
+    small, report = convert(network, "gc_in", rank=2, execution="irrep")
+    images = torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), plain(images))
+    assert {row.execution for row in report.layers} == {"irrep"}
+    save(small, tmp_path / "small.pt")
+    kept = load(tmp_path / "small.pt").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(kept(images), small(images))

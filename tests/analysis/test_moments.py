@@ -280,6 +280,21 @@ def test_batches_and_blocks_change_nothing(case, batch, block):
         close_moments(collected(layer, x), whole)
 
 
+def test_maps_that_are_kept_are_bounded(monkeypatch):
+    layer = GConv2d(2, 3, 3, group="p4", dtype=torch.float64)
+    x = torch.randn(40, 2, 4, 6, 6, dtype=torch.float64)
+    each = 8 * 4 * (2 * 6 * 6 + 3 * 4 * 4)
+    seen = []
+    layer.register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    whole = collected(layer, x)
+    monkeypatch.setattr(module, "_KEPT_BYTES", 8 * each)
+    seen.clear()
+    close_moments(collected(layer, x), whole)
+    assert seen == [1] + [8] * (len(seen) - 1)
+    monkeypatch.setattr(module, "_KEPT_BYTES", 1)  # one image is the least
+    close_moments(collected(layer, x), whole)
+
+
 def test_blocks_of_patches_are_bounded(monkeypatch):
     layer = GConv2d(2, 1, 3, group="p4", dtype=torch.float64)
     x = torch.randn(40, 2, 4, 6, 6, dtype=torch.float64)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from analysis import ConversionReport, conversion, convert, execution
+from analysis import ConversionReport, building, convert, execution
 from gconv import (
     FORMS,
     InputError,
@@ -91,7 +91,7 @@ def test_rows_describe_the_layers():
 @pytest.mark.parametrize("form", FORMS)
 def test_a_fitted_layer_has_the_error_of_its_output(monkeypatch, train, form):
     """The first one reads what it read before."""
-    monkeypatch.setattr(conversion, "refine", lambda *_, **__: None)  # it is the error of the fit
+    monkeypatch.setattr(building, "refine", lambda *_, **__: None)  # it is the error of the fit
     model = network()
     after, report = convert(model, form, rank=1, data=train)
     with torch.no_grad():
@@ -209,11 +209,11 @@ def test_to_dict_is_plain_data(train, test):
     assert json.dumps(back) == text
     assert set(back) == {
         "request", "layers", "parameters", "macs_published", "macs_executed", "output_error", "equivariance_error",
-        "latency", "memory", "accuracy", "sensitivity", "finetuning", "notes",
+        "latency", "memory", "accuracy", "sensitivity", "refinement_steps", "finetuning", "notes",
     }  # fmt: skip
     assert back["request"] == {
         "form": "auto", "budget": "rank", "value": 2, "fraction": False,
-        "allocation": "auto", "minimise": "outputs", "execution": "auto", "refinement_steps": 0,
+        "allocation": "auto", "minimise": "outputs", "execution": "auto",
     }  # fmt: skip
     assert back["layers"][0]["name"] == "conv2"
     assert back["parameters"] == list(report.parameters)

@@ -23,7 +23,7 @@ from torch import nn
 
 import analysis
 import gconv.data
-from analysis import conversion, convert, execution, pareto
+from analysis import conversion, convert, execution, pareto, planning
 from analysis.sweep import COSTS, ERRORS, FILES, PROG, main, mark_pareto, parser, print_sweep, sweep
 from gconv import (
     GConv2d,
@@ -193,8 +193,8 @@ def test_nothing_in_reach_is_a_result_too():
 
 def test_sensitivity_is_measured_once(monkeypatch):
     calls = []
-    real = conversion.measure_options
-    monkeypatch.setattr(conversion, "measure_options", lambda *args: (calls.append(1), real(*args))[1])
+    real = planning.measure_options
+    monkeypatch.setattr(planning, "measure_options", lambda *args: (calls.append(1), real(*args))[1])
     run(**SPLITS)
     assert len(calls) == 1
 
@@ -244,7 +244,7 @@ def interrupted_at(where, converted, monkeypatch):
     budgets, stop = converted
     if where is None:
         with monkeypatch.context() as patch:
-            patch.setattr(conversion._Job, "measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(planning.Planner, "measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(**SPLITS)
     else:

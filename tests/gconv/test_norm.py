@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gconv import GroupBatchNorm2d, InputError, create_model, group, models, norm
+from gconv.functional import from_group_major
 
 few = settings(max_examples=25)
 orders = pytest.mark.parametrize("order", [group(name).order for name in ("p2", "p4", "p4m")], ids=["p2", "p4", "p4m"])
@@ -108,7 +109,7 @@ def test_a_mean_over_many_images_is_summed_in_parts():
     """Some 10 million values far from zero: one sum of them in single precision loses the fourth digit."""
     x = torch.rand(150, 8, 90, 90).clone(memory_format=torch.channels_last) + 100
     mean, var, count = norm._statistics(x, 4)
-    maps = x.double().unflatten(1, (2, 4)).transpose(0, 1).flatten(1)
+    maps = from_group_major(x.double(), 4).transpose(0, 1).flatten(1)
     close(mean, maps.mean(1), 3e-7)
     close(var, maps.var(1, correction=0), 1e-3)
     assert count == maps.shape[1]
@@ -173,20 +174,22 @@ def test_half_precision_maps_have_statistics_in_single_precision():
     close(layer.weight.grad, twin.weight.grad, 2e-2)
 
 
-def test_only_channels_last_maps_in_single_precision_on_a_cpu_do_not_go_natively(monkeypatch):
+def test_only_maps_that_the_native_kernel_would_copy_do_not_go_natively(monkeypatch):
     ways = []
     normalised = GroupBatchNorm2d._normalised
     monkeypatch.setattr(GroupBatchNorm2d, "_normalised", lambda *of: ways.append(of) or normalised(*of))
     x = torch.randn(2, 8, 5, 5)
     last = x.clone(memory_format=torch.channels_last)
     layer = GroupBatchNorm2d(2)
-    for maps in (x, x.double(), last.double(), last.bfloat16()):
+    for maps in (x, x.double()):
         layer.to(maps.dtype)(maps.unflatten(1, (2, 4)))
     GroupBatchNorm2d(8)(last)
     layer.float().eval()(last.unflatten(1, (2, 4)))
     assert ways == []
     layer.train()(last.unflatten(1, (2, 4)))
-    assert len(ways) == 1
+    layer(from_group_major(x, 4))
+    layer(from_group_major(last, 4))
+    assert len(ways) == 3
 
 
 NETWORKS = [("p4cnn", {}), ("gc-p4cnn", {}), ("g-p4cnn", {}), ("p4cnn", {"group": "p4m"}), ("p4cnn", {"group": "p2"})]
@@ -213,8 +216,8 @@ def test_a_network_is_channels_last_what_it_is_natively_and_contiguous(monkeypat
     contiguous = passed()
     largest = max(float(value.abs().max()) for value in exact)  # some biases have no gradient but by rounding
     for a, b, c in zip(last, contiguous, exact, strict=True):
-        assert float((a - b).abs().max()) <= 1e-5 * largest
-        assert float((a - c).abs().max()) <= 1e-5 * largest
+        assert float((a - b).abs().max()) <= 2e-5 * largest
+        assert float((a - c).abs().max()) <= 2e-5 * largest
 
 
 def test_the_relu_of_a_network_is_in_the_norm_unless_somebody_looks_at_the_norm(monkeypatch):

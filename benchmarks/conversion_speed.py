@@ -1,0 +1,152 @@
+"""How long a conversion takes and how much memory, and whether the latency that a report states is what is measured.
+
+From the root of the repository, on an otherwise idle machine: ``python -m benchmarks.conversion_speed resnet`` converts
+a p4m-ResNet44 (2.6 million parameters, untrained) by energy, without data and with 512 random images, each in a process
+of its own; ``… latency`` converts the two P4CNNs of ``checkpoints/`` under a latency budget, and has other processes
+load the saved network and measure it against the original. Each writes its record, ``… table`` prints them.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gconv
+from analysis import convert
+from analysis.execution import latency
+from analysis.report import random_images
+from gconv import tables
+from gconv.data import Split
+from gconv.files import atomic_path
+from gconv.training import environment
+
+from .conversion import CHECKPOINTS, WIDE
+
+RECORDS = Path(__file__).parent / "records" / "conversion-speed"
+ENERGY, IMAGES, SHARE, PROCESSES = 0.8, 512, 0.8, 5
+NARROW = "p4cnn-rotmnist-regen"
+
+
+def resnet(images: int) -> dict[str, Any]:
+    """Seconds and peak memory of one conversion in this process, fitted on so many images."""
+    torch.manual_seed(0)
+    model = gconv.create_model("p4m-resnet44").eval()
+    data = Split(torch.randn(images, 3, 32, 32), torch.arange(images) % 10) if images else None
+    began = time.perf_counter()
+    _, report = convert(model, energy=ENERGY, data=data)
+    return {
+        "images": images,
+        "energy": ENERGY,
+        "seconds": time.perf_counter() - began,
+        "peak_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "parameters": report.parameters,
+        "environment": environment(torch.device("cpu")),
+    }
+
+
+def converted(name: str, folder: str) -> dict[str, Any]:
+    """Convert a shipped network under the latency budget, save it, and have it measured by other processes."""
+    original, file = CHECKPOINTS / f"{name}.pt", Path(folder) / f"{name}.pt"
+    model = gconv.load(original).eval()
+
+    def saved(network: gconv.Model) -> gconv.Model:
+        gconv.save(network, file)
+        return gconv.load(file).eval()
+
+    _, report = convert(model, latency=SHARE, saved=saved)
+    measured = [_in_process("measure", str(original), str(file)) for _ in range(PROCESSES)]
+    slower = [row.name for row in report.layers if row.milliseconds and row.milliseconds[1] > row.milliseconds[0]]
+    return {
+        "network": name,
+        "share": SHARE,
+        "reported": report.latency["milliseconds"],
+        "measured": [row["milliseconds"] for row in measured],
+        "layers_slower": slower,
+        "converted_layers": sum(row.form is not None for row in report.layers),
+        "machine": report.latency["machine"],
+        "environment": environment(torch.device("cpu")),
+    }
+
+
+def measure(original: str, file: str) -> dict[str, Any]:
+    """The latency of both networks in this process."""
+    before, after = gconv.load(original).eval(), gconv.load(file).eval()
+    return latency(before, after, random_images(before, before.input_shape, 0))
+
+
+def _in_process(*arguments: str) -> dict[str, Any]:
+    """What this module prints for these arguments in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.conversion_speed", *arguments]
+    document: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return document
+
+
+def table() -> str:
+    """Both records as Markdown: times of the ResNet, and reported against measured latency."""
+    times = [
+        {
+            "images": str(row["images"]),
+            "seconds": f"{row['seconds']:.0f}",
+            "peak memory": f"{row['peak_memory'] / 2**30:.1f} GiB",
+            "threads": str(row["environment"]["threads"]),
+        }
+        for row in _read("resnet")
+    ]
+    latencies = [
+        {
+            "network": row["network"],
+            "reported, before → after": " → ".join(f"{value:.2f}" for value in row["reported"]) + " ms",
+            "measured by other processes": ", ".join(f"{after:.2f}" for _, after in row["measured"]) + " ms",
+            "median against report": f"{_deviation(row):+.1%}",
+            "layers slower than dense": ", ".join(row["layers_slower"]) or "none",
+        }
+        for row in _read("latency")
+    ]
+    return "\n\n".join(tables.as_markdown(rows) for rows in (times, latencies) if rows)
+
+
+def _deviation(row: dict[str, Any]) -> float:
+    """How far the median of what other processes measured is from the report, relative to it."""
+    return statistics.median(after for _, after in row["measured"]) / float(row["reported"][1]) - 1
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    path = RECORDS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return rows
+
+
+def _write(name: str, rows: list[dict[str, Any]]) -> None:
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    with atomic_path(RECORDS / f"{name}.json") as path:
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table())
+
+
+def main(argv: list[str]) -> None:
+    if argv == ["resnet"]:
+        _write("resnet", [_in_process("convert", str(images)) for images in (0, IMAGES)])
+    elif argv == ["latency"]:
+        with tempfile.TemporaryDirectory() as folder:
+            _write("latency", [converted(name, folder) for name in (NARROW, WIDE)])
+    elif argv == ["table"]:
+        print(table())
+    elif argv[:1] == ["convert"]:
+        print(json.dumps(resnet(int(argv[1]))))
+    elif argv[:1] == ["measure"]:
+        print(json.dumps(measure(*argv[1:])))
+    else:
+        sys.exit("usage: python -m benchmarks.conversion_speed resnet | latency | table")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

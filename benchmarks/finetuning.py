@@ -1,0 +1,188 @@
+"""What was tried to bring the smallest network back to its original in ten epochs, and how far more epochs would.
+
+From the root of the repository: ``python -m benchmarks.finetuning run`` does every run of ``RUNS`` that has no record
+yet (so it can be stopped and continued; some minutes each), and ``… table`` prints their table. All are of the P4CNN on
+rotmnist-regen, converted to the form ``gc_in`` at rank 1 (3,420 parameters) and fine-tuned with the original network
+as teacher; the runs differ in how. Scored are the 2,000 validation images alone: by the error, which is coarse, and by
+what is finer, the divergence of the class scores from the teacher's. The test set is not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from torch import nn
+
+import gconv
+from analysis import convert
+from analysis.finetuning import Distillation, DistilledLoss, finetuning_recipe
+from gconv import tables
+from gconv.data import Dataset
+from gconv.evaluation import evaluate
+from gconv.memory import reuse_freed_memory
+from gconv.training import environment, fit
+
+from .conversion import CHECKPOINTS, EPOCHS, HELD_OUT
+from .records import complete
+
+RECORDS = Path(__file__).parent / "records" / "finetuning"
+WORK = Path("out") / "finetuning"
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "averaged": ({"averaging": 0.995}, {}),
+    "averaged, twice the rate": ({"averaging": 0.998, "learning_rate": 4e-2}, {}),
+    "averaged, half the batch": ({"averaging": 0.99, "batch_size": 32}, {}),
+    "averaged, teacher alone": ({"averaging": 0.995}, {"weight": 1.0, "temperature": 2.0}),
+    "from gc": ({}, {}),
+}
+"""Changes of the recipe and of the distillation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning: the seed of the original, the way by its name in ``WAYS``, and epochs."""
+
+    seed: int
+    way: str = "default"
+    epochs: int = EPOCHS
+
+    @property
+    def path(self) -> Path:
+        """Where its record lies."""
+        return RECORDS / f"{self.way.replace(',', '').replace(' ', '-')}_{self.epochs}epochs_seed{self.seed}.json"
+
+    @property
+    def form(self) -> str:
+        """What the network is converted to, at rank 1."""
+        return "gc" if self.way == "from gc" else "gc_in"
+
+
+RUNS = (
+    *(Run(0, epochs=epochs) for epochs in (20, 5)),
+    *(Run(0, way) for way in WAYS),
+    *(Run(seed, way) for seed in (1, 2) for way in ("default", "averaged")),
+    Run(0, epochs=40),
+)
+
+
+def record(run: Run) -> dict[str, Any]:
+    """Fine-tune the converted network, and score it on validation images."""
+    source = gconv.read(CHECKPOINTS / f"{HELD_OUT[run.seed]}.pt")
+    teacher, data = source.model.eval(), gconv.load_dataset(source.record["dataset"])
+    student = _converted(run, teacher, data)
+    begun = _scores(student, teacher, data)
+    changes, distilling = WAYS[run.way]
+    recipe = replace(finetuning_recipe(run.epochs, len(data.train.labels)), **changes)
+    distillation = Distillation(**distilling)
+    with DistilledLoss(student, teacher, [], distillation) as loss:
+        history = fit(student, data.train, recipe, seed=0, loss=loss, label=run.way)
+    return {
+        "run": asdict(run),
+        "dataset": data.name,
+        "dataset_sha256": data.sha256,
+        "recipe": {**recipe.to_dict(), "distillation": asdict(distillation)},
+        "parameters": gconv.cost(student, student.input_shape).parameters,
+        "original": {"validation_error": evaluate(teacher, data.validation).error},
+        "converted": begun,
+        "finetuned": _scores(student, teacher, data),
+        "history": history,
+        "environment": environment(torch.device("cpu")),
+    }
+
+
+def _converted(run: Run, teacher: gconv.Model, data: Dataset) -> gconv.Model:
+    """The network that fine-tuning starts from: converted once and kept, as all runs share it."""
+    kept = WORK / f"{run.form}_seed{run.seed}.pt"
+    if not kept.exists():
+        small, _ = convert(teacher, run.form, rank=1, data=data.train)
+        gconv.save(small, kept)
+    small = gconv.load(kept)
+    for layer in small.modules():
+        if isinstance(layer, gconv.SeparableGConv2d):
+            layer.execution = layer.form.default_execution  # not by measured time: a record should not depend on it
+    return small
+
+
+def _scores(student: nn.Module, teacher: nn.Module, data: Dataset) -> dict[str, float]:
+    """Error in per cent, and the mean divergence ``KL(teacher || student)`` of the class scores in nats."""
+    student.eval()
+    with torch.inference_mode():
+        got, expected = (
+            torch.cat([F.log_softmax(network(images), 1) for images in data.validation.images.split(500)])
+            for network in (student, teacher)
+        )
+    divergence = F.kl_div(got, expected, log_target=True, reduction="batchmean")
+    return {"validation_error": evaluate(student, data.validation).error, "divergence": float(divergence)}
+
+
+def load_records() -> list[dict[str, Any]]:
+    """All records of :data:`RUNS` that there are."""
+    return [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
+
+
+def table() -> str:
+    """One line a run, by way, epochs and seed, as Markdown."""
+    ways = list(WAYS)
+    records = sorted(load_records(), key=lambda r: (ways.index(r["run"]["way"]), r["run"]["epochs"], r["run"]["seed"]))
+    return tables.as_markdown(
+        [
+            {
+                "fine-tuning": record["run"]["way"],
+                "epochs": str(record["run"]["epochs"]),
+                "seed": str(record["run"]["seed"]),
+                "original": f"{record['original']['validation_error']:.2f} %",
+                "as converted": f"{record['converted']['validation_error']:.2f} %",
+                "fine-tuned": f"{record['finetuned']['validation_error']:.2f} %",
+                "divergence": f"{record['finetuned']['divergence']:.4f}",
+                "training error, last epoch": f"{record['history'][-1]['train_error']:.2f} %",
+            }
+            for record in records
+        ]
+    )
+
+
+def plot() -> Figure:
+    """Validation error and divergence against epochs, of the default way; the original's error beside it."""
+    records = [r for r in load_records() if r["run"]["way"] == "default" and r["run"]["seed"] == 0]
+    records.sort(key=lambda r: r["run"]["epochs"])
+    epochs = [record["run"]["epochs"] for record in records]
+    colour = sns.color_palette("colorblind")[0]
+    with sns.axes_style("whitegrid"):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, key, name in zip(
+        axes, ("validation_error", "divergence"), ("validation error (%)", "divergence from the original (nats)"),
+        strict=True,
+    ):  # fmt: skip
+        axis.plot(
+            epochs, [record["finetuned"][key] for record in records], "o-", color=colour, label="3,420 parameters"
+        )
+        axis.set(xscale="log", xlabel="epochs of fine-tuning", ylabel=name, xticks=epochs, xticklabels=epochs)
+        axis.xaxis.set_minor_locator(NullLocator())
+    original = [record["original"]["validation_error"] for record in records[:1]]
+    axes[0].axhline(*original, color="0.4", ls="--", lw=1, label="original")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def main(argv: list[str]) -> None:
+    if argv == ["run"]:
+        reuse_freed_memory()
+        complete(RUNS, record, "finetuned")
+    elif argv == ["table"]:
+        print(table())
+    else:
+        sys.exit("usage: python -m benchmarks.finetuning run | table")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
