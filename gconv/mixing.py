@@ -23,7 +23,7 @@ _OVERHEAD = 94
 """What a change of basis costs for each value of the maps that are read and written, in multiply-accumulates.
 
 It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores; see
-``benchmarks/layer_speed.py``.
+``benchmarks/speed_layers.py``.
 """
 
 
