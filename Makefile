@@ -10,7 +10,7 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check install constraints clean
+.PHONY: help demo test check bench install constraints clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [JOBS=4], where TARGET is one of'
@@ -27,6 +27,11 @@ test: $(STAMP) ## run the tests, JOBS at a time
 check: $(STAMP) ## lint everything and check the types of both packages
 	$(PY) -m ruff check .
 	$(PY) -m mypy gconv analysis
+
+bench: $(STAMP) ## measure speed, with table and figure; BENCH=--full takes half an hour. Records that are there are kept
+	$(PY) -m benchmarks.speed $(BENCH)
+	$(PY) -m benchmarks.speed table
+	$(PY) -m benchmarks.speed figure
 
 install: $(STAMP) ## only create .venv with the versions in constraints.txt (the targets above do so by themselves)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.errors import InputError
+from gconv.mixing import basis_of
 from gconv.separable import FORMS, Form, form_named
 
 from .allocators import Option
@@ -76,13 +77,14 @@ def smaller_options(
 
 
 def option_at(layer: Layer, curve: Sequence[float], form: Form, rank: int, positions: tuple[int, int]) -> Option:
-    """A form and rank for a layer, run as the form is by default; dense where that takes fewer MACs.
+    """A form and rank for a layer, run as the form is by default, or another way where that takes fewer MACs.
 
     (On a map that shrinks to a point, mixing channels at every position costs more than the full filter at one.)
     """
-    execution, macs = form.default_execution, executed_macs(layer, form, rank, form.default_execution, positions)
-    if (dense := executed_macs(layer, form, rank, "dense", positions)) < macs:
-        execution, macs = "dense", dense
+    default = SeparableGConv2d.default_execution(form, layer.group, layer.out_channels, layer.in_channels)
+    counts = {way: executed_macs(layer, form, rank, way, positions) for way in (default, "dense")}
+    execution = min(counts, key=counts.__getitem__)
+    macs = counts[execution]
     lost = max(0.0, 1 - curve[rank - 1])
     parameters = form.parameters(layer.filter_shape, rank)
     return Option(form.name, rank, execution, curve[rank - 1], parameters, macs, lost, lost**0.5)
@@ -90,8 +92,10 @@ def option_at(layer: Layer, curve: Sequence[float], form: Form, rank: int, posit
 
 def executed_macs(layer: Layer, form: Form, rank: int, execution: str, positions: tuple[int, int]) -> int:
     """MACs of one image for a layer in a form of a rank, as executed."""
-    factorized = execution == "factorized"
-    return _executed(form.macs_by_map(layer.filter_shape, rank) if factorized else (0, layer.dense_macs), positions)
+    if execution == "dense":
+        return _executed((0, layer.dense_macs), positions)
+    basis = basis_of(layer.group) if execution == "irrep" else None
+    return _executed(form.macs_by_map(layer.filter_shape, rank, basis), positions)
 
 
 def choose(

@@ -13,7 +13,7 @@ from gconv.checkpoint import apply_choices, layer_choices
 from gconv.conv import SeparableGConv2d
 from gconv.data import Split
 from gconv.errors import InputError
-from gconv.training import evaluate
+from gconv.evaluation import evaluate
 
 from .batchnorm import reestimate_batchnorm
 from .budget import Budget
@@ -71,8 +71,8 @@ def convert(
             networks that are tried, which halve the range of parameters again and again.
         allocation: how params, macs or latency are shared out: ``auto`` or one of ``analysis.ALLOCATORS``.
         minimise: ``outputs`` (needs data), ``weights``, or ``auto``: outputs if there is data.
-        execution: ``dense`` or ``factorized`` for every layer; ``auto``: whichever is measured to be faster, except
-            that under ``macs`` every layer runs as its MACs were counted.
+        execution: ``dense``, ``factorized`` or ``irrep`` for every layer; ``auto``: what is measured to be fastest,
+            except that under ``macs`` every layer runs as its MACs were counted.
         data: training images with labels, a :class:`gconv.Split` or a loader of batches: layers are fitted on them,
             batch norm is re-estimated, and fine-tuning learns from them.
         validation: images that the network was not trained on: options are compared on them, if given.

@@ -12,16 +12,18 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator, NullLocator
 
-from gconv.tables import PUBLISHED, by_recipe, efficiency, is_published
+from gconv.tables import PUBLISHED, by_recipe, efficiency, is_published, seeds
 
 Record = dict[str, Any]
+OFFICIAL_IMAGES = 12_000
+"""What the published networks were trained on."""
 
 
 def plot_table(records: Sequence[Record]) -> Figure:
-    """Test error against parameters' number, ours as points (one a seed) beside the published mean and deviation.
+    """Test error of each model, ours as points (one a seed) beside the published mean and deviation.
 
     Args:
-        records: of one data set (:func:`gconv.experiments.load_records`); those of other recipes are left out.
+        records: of one data set (:func:`gconv.runs.load_records`); those of other recipes are left out.
     """
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -93,11 +95,14 @@ def plot_recipes(records: Sequence[Record]) -> Figure:
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(7.5, 3.5), layout="constrained")
     colour = sns.color_palette("colorblind")[0]
+    if not found:
+        axis.text(0.5, 0.5, "no records yet", ha="center", va="center", transform=axis.transAxes)
     for row, own in enumerate(found.values()):
         errors = [record["validation_error"] for record in own]
         axis.plot(errors, [row] * len(errors), "o", color=colour, alpha=0.8)
         axis.plot(statistics.mean(errors), row, "|", color="0.2", ms=16)
-    axis.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    labels = [f"{recipe} ({seeds(own)})" for recipe, own in found.items()]
+    axis.set(yticks=range(len(found)), yticklabels=labels, ylim=(len(found) - 0.5, -0.5))
     axis.set_xlabel("validation error (%)")
     axis.grid(visible=False, axis="y")
     return figure
@@ -106,23 +111,26 @@ def plot_recipes(records: Sequence[Record]) -> Figure:
 def plot_efficiency(records: Sequence[Record]) -> Figure:
     """Test error against the number of training images, a line for each model: means over seeds, seeds as points.
 
+    Where there are runs on as many images as the official archive has, the errors published for that are crosses.
+
     Args:
         records: of one data set.
     """
     points = efficiency(records)
-    models = list(dict.fromkeys(model for by_model in points.values() for model in by_model))
+    models = [model for model in PUBLISHED if any(model in by_model for by_model in points.values())]
     with sns.axes_style("whitegrid"):
-        figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for model, colour, marker in zip(models, sns.color_palette("colorblind"), "osD^vPX", strict=False):
-        errors = {
-            images: [record["test_error"] for record in by_model[model]]
-            for images, by_model in points.items()
-            if model in by_model
-        }
+        own = {images: by_model[model] for images, by_model in points.items() if model in by_model}
+        errors = {images: [record["test_error"] for record in some] for images, some in own.items()}
         means = [statistics.mean(values) for values in errors.values()]
-        axis.plot(list(errors), means, marker=marker, color=colour, label=model)
+        axis.plot(list(errors), means, marker=marker, color=colour, label=f"{model} ({seeds(*own.values())})")
         for images, values in errors.items():
             axis.plot([images] * len(values), values, ".", color=colour, alpha=0.6)
+        if OFFICIAL_IMAGES in points:
+            axis.plot(OFFICIAL_IMAGES, PUBLISHED[model].error, "x", color=colour, ms=9, mew=2)
+    if OFFICIAL_IMAGES in points:
+        axis.plot([], [], "x", color="0.4", ms=9, mew=2, ls="", label="published, official archive")
     axis.set(xscale="log", yscale="log", xlabel="training images", ylabel="test error (%)")
     axis.set_xticks(list(points))
     axis.xaxis.set_minor_locator(NullLocator())

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--minimise", default="auto", metavar="M", help="outputs, weights, or auto: outputs with --data")
     p.add_argument(
-        "--execution", default="auto", metavar="X", help="dense, factorized, or auto (default): what is faster here"
+        "--execution", default="auto", metavar="X", help="dense, factorized, irrep, or auto (default): the fastest here"
     )
     p.add_argument("--sensitivity", metavar="FILE", help="a report.json of this network, whose measurements are reused")
     p.add_argument("--finetune", type=number(int, 0), default=0, metavar="EPOCHS", help="train this long afterwards")
@@ -238,19 +238,16 @@ def _data(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Split |
 
 def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], document: dict[str, Any]) -> None:
     """Write the three results, all or none, and make sure that the saved network is the one reported."""
-    import matplotlib
-
-    matplotlib.use("agg")
-
     import torch
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     from gconv import checkpoint
     from gconv.files import atomic_path
 
-    from .plots import plot_spectra
+    from .spectra_plot import draw_spectra
 
-    figure = plot_spectra(document["layers"])
+    figure = Figure()
+    draw_spectra(figure, document["layers"])
     with ExitStack() as together:  # all three take their places once all are written, or none does
         files = {name: together.enter_context(atomic_path(path)) for name, path in paths.items()}
         checkpoint.save(converted, files["converted.pt"], record=record)
@@ -260,7 +257,6 @@ def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], docum
                 raise RuntimeError(f"the saved network is not the converted one: {name} differs")
         files["report.json"].write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         figure.savefig(files["spectra.png"], dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gconv.conv import SeparableGConv2d
 from gconv.modes import evaluating
-from gconv.separable import EXECUTIONS, Execution
+from gconv.separable import Execution
 
 BATCH = 16
 _ROUNDS = 15
@@ -97,14 +98,16 @@ def layer_times(layer: nn.Module, x: Tensor, others: Sequence[nn.Module] = ()) -
         return medians(runs, seconds=_LAYER_SECONDS, cuda=x.is_cuda)[0]
 
 
-def faster_execution(separable: nn.Module, x: Tensor) -> tuple[Execution, dict[Execution, float]]:
-    """The execution to choose for a separable layer on such inputs, and the milliseconds of both.
+def faster_execution(separable: SeparableGConv2d, x: Tensor) -> tuple[Execution, dict[Execution, float]]:
+    """The execution to choose for a separable layer on such inputs, and the milliseconds of all that its form has.
 
-    Dense, which runs in the time of the full layer, unless factorised is faster beyond noise.
+    Dense, which runs in the time of the full layer, unless another one is faster beyond noise.
     """
-    variants = [copy.deepcopy(separable) for _ in EXECUTIONS]
-    for variant, execution in zip(variants, EXECUTIONS, strict=True):
-        variant.execution = execution  # type: ignore[assignment]
+    executions = separable.form.executions
+    variants = [copy.deepcopy(separable) for _ in executions]
+    for variant, execution in zip(variants, executions, strict=True):
+        variant.execution = execution
     first, *others = variants
-    times = dict(zip(EXECUTIONS, layer_times(first, x, others), strict=True))
-    return ("factorized" if times["factorized"] < _MARGIN * times["dense"] else "dense"), times
+    times = dict(zip(executions, layer_times(first, x, others), strict=True))
+    fastest = min(times, key=times.__getitem__)
+    return (fastest if times[fastest] < _MARGIN * times["dense"] else "dense"), times

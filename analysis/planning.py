@@ -9,8 +9,8 @@ from dataclasses import replace
 from gconv.conv import SeparableGConv2d
 from gconv.cost import cost
 from gconv.errors import InputError
+from gconv.evaluation import evaluate
 from gconv.separable import FORMS
-from gconv.training import evaluate
 
 from .allocation import Choice, choose, energy_curves, executed_macs, smaller_options
 from .allocators import Option, Problem, allocate, reachable

@@ -31,6 +31,7 @@ from gconv.groups import group
 from gconv.separable import FORMS
 
 from .irreps import irreps
+from .spectra_plot import draw_spectra
 from .table import NETWORK, Redundancy
 
 Table: TypeAlias = Redundancy | pd.DataFrame
@@ -59,30 +60,8 @@ def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
     Args:
         layers: rows as in ``report.json``: ``name``, ``explained_energy`` (form to list), ``form`` and ``rank``.
     """
-    forms = list(layers[0]["explained_energy"])
-    colors = sns.color_palette("viridis", len(layers))
-    columns = min(len(forms), 3)
-    rows = -(-len(forms) // columns)
-    with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(4 * columns, 3.6 * rows), sharey=True, layout="constrained", squeeze=False
-        )
-    for axis in axes.flat[len(forms) :]:
-        axis.remove()
-    for axis, form in zip(axes.flat, forms, strict=False):
-        for layer, color in zip(layers, colors, strict=True):
-            kept = layer["explained_energy"][form]
-            ranks = np.arange(1, len(kept) + 1)
-            axis.plot(ranks, kept, marker=".", color=color, label=layer["name"])
-            if layer["form"] == form:
-                axis.plot(layer["rank"], kept[layer["rank"] - 1], "o", ms=10, mfc="none", mec=color, mew=1.5)
-        axis.axhline(0.95, color="0.4", lw=0.8, ls=":")
-        axis.set(title=f"form {form}", xlabel="rank", ylim=(0, 1.03))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("explained energy")
-    columns = 1 + (len(layers) - 1) // 15
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, ncols=columns)
+    figure = plt.figure()
+    draw_spectra(figure, layers)
     return figure
 
 

@@ -14,7 +14,7 @@ from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.cost import Cost, cost
 from gconv.data import Split
 from gconv.errors import InputError, one_of
-from gconv.separable import EXECUTIONS, FORMS, Form
+from gconv.separable import EXECUTIONS, FORMS, Form, check_execution
 
 from .allocation import forms_named
 from .allocators import ALLOCATORS
@@ -89,6 +89,9 @@ class Request:
         ):
             if value not in known:
                 raise one_of(label, value, known)
+        if execution != "auto":
+            for one in forms:
+                check_execution(execution, one)
         train = None if data is None else _as_split(data)
         if minimise == "outputs" and train is None:
             raise InputError("minimise outputs needs training images; accepted: data")

@@ -83,4 +83,4 @@ def choose_executions(after: nn.Module, rows: Sequence[LayerReport], size: Seque
         layer.execution, times = known[key]
         execution = layer.execution
         row.milliseconds = times["dense"], times[execution]
-        row.why += f"; {execution}: {times['factorized']:.2f} ms factorized, {times['dense']:.2f} ms dense"
+        row.why += f"; {execution}: " + ", ".join(f"{ms:.2f} ms {way}" for way, ms in times.items())

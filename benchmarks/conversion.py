@@ -31,11 +31,13 @@ from analysis import convert
 from analysis.batchnorm import reestimate_batchnorm
 from analysis.finetuning import finetune
 from gconv.data import Dataset, Split, load_dataset
+from gconv.evaluation import evaluate
 from gconv.files import atomic_path
-from gconv.training import environment, evaluate
+from gconv.training import environment
 
-from .records import complete
+from .records import command
 
+PROG = "python -m benchmarks.conversion"
 RECORDS = Path(__file__).parent / "records" / "conversion"
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 HELD_OUT = tuple(f"p4cnn-rotmnist-regen-heldout-seed{seed}" for seed in range(3))
@@ -80,8 +82,8 @@ RUNS = (
     *(Run(HELD_OUT[0], method, "params", 8910, EPOCHS) for method in ("svd g", "svd gc", "tucker", "cp")),
     *(Run(P4M, method, "params", b, EPOCHS) for b in (0.15, 0.4) for method in ("ours", "svd gc", "tucker", "cp")),
     *(Run(HELD_OUT[0], method, "params", b) for b in (0.28, 0.45) for method in ("svd gc", "tucker", "cp")),
-    *(Run(HELD_OUT[0], m, "macs", b, EPOCHS) for b in (0.19, 0.3) for m in ("ours", "svd gc", "tucker", "cp")),
-    *(Run(WIDE, method, "params", 24640, EPOCHS) for method in ("svd gc", "tucker", "cp")),
+    *(Run(HELD_OUT[0], m, "macs", b) for b in (0.19, 0.3) for m in ("ours", "svd gc", "tucker", "cp")),
+    *(Run(WIDE, method, "params", 24640) for method in ("svd gc", "tucker", "cp")),
 )
 
 
@@ -339,14 +341,10 @@ def load_records() -> list[dict[str, Any]]:
     return [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["run"]:
-        complete([run for run in RUNS if not argv[1:] or argv[1] in run.path.name], record, "stages")
-    elif argv == ["table"]:
-        print(table())
-    else:
-        sys.exit("usage: python -m benchmarks.conversion run [PART OF A NAME] | table")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return command(PROG, argv, runs=RUNS, record=record, shown="stages", table=table)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -28,8 +28,9 @@ from analysis import convert
 from analysis.finetuning import Distillation, DistilledLoss, finetuning_recipe
 from gconv import tables
 from gconv.data import Dataset
+from gconv.evaluation import evaluate
 from gconv.memory import reuse_freed_memory
-from gconv.training import environment, evaluate, fit
+from gconv.training import environment, fit
 
 from .conversion import CHECKPOINTS, EPOCHS, HELD_OUT
 from .records import complete

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from gconv.cli import Parser, number
-from gconv.experiments import Run, execute, load_records
 from gconv.files import atomic_path, check_output
+from gconv.runs import Run, load_records
 from gconv.training import environment
+from gconv.workers import execute
 
 
 def seconds(runs: Sequence[Run], jobs: int) -> list[float]:

@@ -1,12 +1,11 @@
 """Convert and retrain against training from scratch: one size, one recipe, one number of epochs in all.
 
 From the root of the repository: ``python -m benchmarks.retraining run`` does every run of ``RUNS`` that has no record
-yet (so it can be stopped and continued; hours on two cores), and ``… table`` prints their
-table. Each run trains a full P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420
-parameters, and retrains that by the same recipe for the other half; from scratch, the same size is trained for all 50
-(``python -m gconv.experiments rotmnist``). With a weight of ``separability``, the full network is trained under the
-penalty of :mod:`gconv.penalty`. All on the train and validation images, as nothing is chosen; test errors are read off
-once per stage.
+yet (so it can be stopped and continued; hours on two cores), and ``… table`` prints their table. Each run trains a full
+P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420 parameters, and retrains that by the same
+recipe for the other half; from scratch, the same size is trained for all 50 (``python -m gconv.experiments rotmnist``).
+With a weight of ``separability``, the full network is trained under the penalty of :mod:`gconv.penalty`. All on the
+train and validation images, as nothing is chosen; test errors are read off once per stage.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ import gconv
 from analysis import convert
 from analysis.finetuning import Distillation, DistilledLoss
 from gconv import experiments, tables
-from gconv.memory import reuse_freed_memory
-from gconv.training import environment, evaluate, fit
+from gconv.evaluation import evaluate
+from gconv.training import environment, fit
 
-from .records import complete
+from .records import command
 
+PROG = "python -m benchmarks.retraining"
 RECORDS = Path(__file__).parent / "records" / "retraining"
 WORK = Path("out") / "retraining"
 DATA, FORM, EPOCHS = "rotmnist-regen", "gc_in", 25
@@ -157,12 +158,13 @@ def plot() -> Figure:
     for row, (how, colour) in enumerate(zip(shown, sns.color_palette("colorblind"), strict=False)):
         for number, parts in enumerate(shown[how]):
             errors = [entry["train_error"] for part in parts for entry in part]
-            label = how if number == 0 else None
+            label = f"{how} ({tables.seeds(shown[how])})" if number == 0 else None
             curves.plot(range(1, len(errors) + 1), errors, color=colour, lw=1, alpha=0.8, label=label)
         ends.plot(ended[how], [row] * len(ended[how]), "o", color=colour, alpha=0.8)
         ends.plot(statistics.mean(ended[how]), row, "|", color="0.2", ms=16)
     curves.axvline(EPOCHS + 0.5, color="0.4", ls=":")
-    curves.set(yscale="log", xlabel="epoch", ylabel="training error (%)")
+    curves.set(xlabel="epoch", ylabel="training error (%)", ylim=(0, None))
+    curves.set_yscale("symlog", linthresh=0.01)  # zero is reached
     curves.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     ends.set(
         yticks=range(len(shown)), yticklabels=[], ylim=(len(shown) - 0.5, -0.5), xlabel="test error at the end (%)"
@@ -172,15 +174,10 @@ def plot() -> Figure:
     return figure
 
 
-def main(argv: list[str]) -> None:
-    if argv == ["run"]:
-        reuse_freed_memory()
-        complete(RUNS, record, "test_error")
-    elif argv == ["table"]:
-        print(table())
-    else:
-        sys.exit("usage: python -m benchmarks.retraining run | table")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return command(PROG, argv, runs=RUNS, record=record, shown="test_error", table=table)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

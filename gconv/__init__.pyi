@@ -15,6 +15,8 @@ from .data import load_dataset as load_dataset
 from .equivariance import EquivarianceReport as EquivarianceReport
 from .equivariance import equivariance_error as equivariance_error
 from .errors import InputError as InputError
+from .evaluation import Score as Score
+from .evaluation import evaluate as evaluate
 from .export import export as export
 from .functional import act as act
 from .functional import gconv2d as gconv2d
@@ -43,8 +45,6 @@ from .pool import SpatialMeanPool2d as SpatialMeanPool2d
 from .recipe import RECIPES as RECIPES
 from .recipe import Recipe as Recipe
 from .separable import FORMS as FORMS
-from .training import Score as Score
-from .training import evaluate as evaluate
 from .training import fit as fit
 
 __version__: str

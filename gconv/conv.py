@@ -12,18 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
-from .functional import Sampling, Tables, expand, to_planar
+from .functional import Sampling, Tables, expand, from_group_major, to_group_major
 from .groups import Group
 from .groups import group as find_group
+from .mixing import Basis, basis_of
 from .separable import Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
 
 
 class _Prepared(NamedTuple):
-    """What the convolutions of a layer take beside the input: their filters, and the bias along the group axis."""
+    """What the convolutions of a layer take beside the input: their filters, and the bias along the group axis.
 
-    filters: tuple[Tensor, ...]
+    All group-major, as the maps are inside the layers (:mod:`gconv.functional`).
+    """
+
+    filters: tuple[Any, ...]
     bias: Tensor | None
 
 
@@ -54,7 +58,7 @@ class _GroupConv(nn.Module, ABC):
     nor a copy or a pickle has it, and a layer that goes back to training lets it go.
 
     Attributes:
-        execution: ``"dense"`` or ``"factorized"``; dense but for some separable layers.
+        execution: ``"dense"``, ``"factorized"`` or ``"irrep"``; dense but for some separable layers.
     """
 
     execution: Execution = "dense"
@@ -149,7 +153,7 @@ class _GroupConv(nn.Module, ABC):
         if not ((x.dim() == 5 and x.shape[1:3] == (i, s_in)) or (x.dim() == 4 and s_in == 1 and x.shape[1] == i)):
             accepted = f"[N, {i}, {s_in}, H, W]" + (f" or [N, {i}, H, W]" if s_in == 1 else "")
             raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
-        return to_planar(x)
+        return to_group_major(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output ``[N, O, S, H', W']``.
@@ -158,19 +162,19 @@ class _GroupConv(nn.Module, ABC):
             InputError: the input's shape does not fit.
         """
         x = self._planar_input(x)
-        return self._run(x, self._prepared(x)).unflatten(1, (self.out_channels, self.group.order))
+        return from_group_major(self._run(x, self._prepared(x)), self.group.order)
 
     @abstractmethod
-    def _new_filters(self) -> tuple[Tensor, ...]:
+    def _new_filters(self) -> tuple[Any, ...]:
         """The filters of the convolutions, from the parameters."""
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        """The convolutions, ``[N, I S_in, H, W]`` to ``[N, O S, H', W']``: here one with the expanded filter."""
+        """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
         (weight,) = prepared.filters
         return F.conv2d(x, weight, prepared.bias, *self.sampling)
 
     def _prepare(self) -> _Prepared:
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        bias = None if self.bias is None else self.bias.repeat(self.group.order)
         return _Prepared(self._new_filters(), bias)
 
     def _prepared(self, x: Tensor) -> _Prepared:
@@ -239,8 +243,8 @@ class _FullConv(_GroupConv):
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_shared()
 
-    def _new_filters(self) -> tuple[Tensor, ...]:
-        return (expand(self.weight, self._expansion),)
+    def _new_filters(self) -> tuple[Any, ...]:
+        return (expand(self.weight, self._expansion, group_major=True),)
 
 
 class LiftingConv2d(_FullConv):
@@ -285,8 +289,10 @@ class SeparableGConv2d(_GroupConv):
     Args:
         form: ``"g"``, ``"gc"``, ``"gc_in"``, ``"g_turned"`` or ``"gc_turned"``.
         rank: R, from 1 to ``form.max_rank(filter_shape)``.
-        execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"dense"`` builds the full filter
-            and runs one convolution. Same output to rounding. Default: the form's own.
+        execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"irrep"`` does so with the mix in
+            the irreducible representations of the group (``gc`` and ``gc_in``); ``"dense"`` builds the full filter and
+            runs one convolution. Same output to rounding. Default: the form's own, or ``"irrep"`` where the form has
+            it and the size is one at which that is the faster way (:meth:`gconv.mixing.Basis.pays`).
     """
 
     _factors = ("mix", "spatial")
@@ -311,7 +317,10 @@ class SeparableGConv2d(_GroupConv):
         # Plain attributes, set first because the base class makes the parameters that depend on them.
         self.form = form_named(form)
         self.rank = rank
-        self.execution = check_execution(self.form.default_execution if execution is None else execution)
+        self._basis = basis_of(find_group(group))
+        if execution is None:
+            execution = self.default_execution(self.form, find_group(group), out_channels, in_channels)
+        self.execution = check_execution(execution, self.form)
         super().__init__(
             in_channels,
             out_channels,
@@ -324,6 +333,12 @@ class SeparableGConv2d(_GroupConv):
             device=device,
             dtype=dtype,
         )
+
+    @staticmethod
+    def default_execution(form: Form, group: Group, out_channels: int, in_channels: int) -> Execution:
+        """How a layer of this form and size runs unless it is told."""
+        irrep = "irrep" in form.executions and basis_of(group).pays(out_channels, in_channels)
+        return "irrep" if irrep else form.default_execution
 
     def _add_filter(self, like: dict[str, Any]) -> None:
         self.form.check_rank(self.rank, self.filter_shape)
@@ -351,23 +366,26 @@ class SeparableGConv2d(_GroupConv):
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
 
-    def _new_filters(self) -> tuple[Tensor, ...]:
+    def _new_filters(self) -> tuple[Any, ...]:
         if self.execution == "dense":
-            return (expand(self.weight, self._expansion),)
-        return self.form.filters(self.mix, self.spatial, self.tables)
+            return (expand(self.weight, self._expansion, group_major=True),)
+        return self.form.filters(self.mix, self.spatial, self.tables, self._basis_for(self.execution))
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         if self.execution == "dense":
             return super()._run(x, prepared)
         w, d = prepared.filters
-        y = self.form.run(x, w, d, self.filter_shape, self.rank, self.sampling)
-        return y if prepared.bias is None else y + prepared.bias.view(-1, 1, 1)
+        return self.form.run(x, w, d, prepared.bias, self.filter_shape, self.rank, self.sampling)
+
+    def _basis_for(self, execution: str) -> Basis | None:
+        return self._basis if execution == "irrep" else None
 
     def macs(self, execution: str | None = None) -> tuple[int, int]:
         """As in the base class, under this ``execution`` or, by default, the layer's own."""
-        if check_execution(self.execution if execution is None else execution) == "dense":
+        execution = check_execution(self.execution if execution is None else execution, self.form)
+        if execution == "dense":
             return super().macs()
-        return self.form.macs_by_map(self.filter_shape, self.rank)
+        return self.form.macs_by_map(self.filter_shape, self.rank, self._basis_for(execution))
 
     def to_dense(self) -> GConv2d:
         """The full layer with the same output; its parameters are copies."""

@@ -1,7 +1,9 @@
 """Group convolution as functions of tensors: expand the generator, convolve, act on maps.
 
 Shapes throughout: a feature map is ``[N, C, S, H, W]`` with S = |H|, a planar map ``[N, C, H, W]``; a generator is
-``[O, I, S_in, k, k]``. In the planar layout that convolutions see, channel c and element s become channel ``c S + s``.
+``[O, I, S_in, k, k]``. In a planar layout channel c and element s become one channel: ``c S + s`` where a filter stands
+for itself, as in other libraries; and *group-major*, ``s C + c``, inside the layers, where what belongs to one element
+then lies together in memory.
 """
 
 from __future__ import annotations
@@ -44,25 +46,37 @@ class Sampling(NamedTuple):
     dilation: int = 1
 
 
-def expand(weight: Tensor, expansion: Tensor) -> Tensor:
+def expand(weight: Tensor, expansion: Tensor, *, group_major: bool = False) -> Tensor:
     """The dense filter of a generator: ``K_s[o, i, s', y] = K[o, i, s^-1 s', s^-1 y]``.
 
     Args:
         weight: generator ``[O, I, S_in, k, k]``.
         expansion: the index table of that name in :class:`Tables`.
+        group_major: the order of channels, on both sides.
 
     Returns:
-        ``[O S, I S_in, k, k]``, a filter for an ordinary convolution over the planar layout.
+        ``[O S, I S_in, k, k]``, a filter for an ordinary convolution over a planar layout.
     """
     o, i, s_in, k, _ = weight.shape
     s = expansion.numel() // (s_in * k * k)
     expanded = weight.reshape(o * i, s_in * k * k).index_select(1, expansion)
-    return expanded.view(o, i, s, s_in, k, k).transpose(1, 2).reshape(o * s, i * s_in, k, k)
+    axes = (2, 0, 3, 1, 4, 5) if group_major else (0, 2, 1, 3, 4, 5)
+    return expanded.view(o, i, s, s_in, k, k).permute(axes).reshape(o * s, i * s_in, k, k)
 
 
 def to_planar(x: Tensor) -> Tensor:
     """``[N, C, S, H, W]`` to ``[N, C S, H, W]``; a planar map passes through."""
     return x.flatten(1, 2) if x.dim() == 5 else x
+
+
+def to_group_major(x: Tensor) -> Tensor:
+    """``[N, C, S, H, W]`` to group-major ``[N, S C, H, W]``: a view, if a layer gave it. Planar maps pass through."""
+    return x.transpose(1, 2).flatten(1, 2) if x.dim() == 5 else x
+
+
+def from_group_major(x: Tensor, order: int) -> Tensor:
+    """Group-major ``[N, S C, H, W]`` as ``[N, C, S, H, W]``, a view."""
+    return x.unflatten(1, (order, -1)).transpose(1, 2)
 
 
 def is_channels_last(x: Tensor) -> bool:

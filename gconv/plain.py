@@ -21,8 +21,9 @@ def to_plain(net: Model) -> fx.GraphModule:
 
     It needs nothing of this package, also when it is pickled or unpickled. Layers keep their names; maps are planar,
     channel c and element s being channel ``c S + s``. Full and lifting layers become one convolution with the expanded
-    filter. Separable layers run as they did: those that run dense become one convolution too, factorised ones of the
-    forms ``gc`` and ``gc_in`` become a sum of as many terms as their rank, each a 1x1 mix and a depthwise convolution.
+    filter. Separable layers that run dense become one convolution too; factorised ones of the forms ``gc`` and
+    ``gc_in``, in irreducible representations or not, become a sum of as many terms as their rank, each a 1x1 mix and a
+    depthwise convolution.
     The other forms move or sum maps in between, for which dense is mostly the faster way; they become one.
 
     Args:
@@ -114,12 +115,20 @@ class _Plain:
 
 def _terms(layer: _GroupConv) -> tuple[tuple[Convolution, ...], ...]:
     """What the layer does, as a sum of terms, each some convolutions one after the other."""
-    if isinstance(layer, SeparableGConv2d) and layer.execution == "factorized":
+    if isinstance(layer, SeparableGConv2d) and layer.execution != "dense":
         terms = layer.form.convolutions(layer.mix, layer.spatial, layer.tables, layer.sampling)
         if terms is not None:
-            return terms
+            return tuple(tuple(_channel_major(step, layer.group.order) for step in term) for term in terms)
     assert isinstance(layer, (_FullConv, SeparableGConv2d))
     return ((Convolution(expand(layer.weight, layer.tables.expansion), 1, layer.sampling),),)
+
+
+def _channel_major(step: Convolution, order: int) -> Convolution:
+    """The same convolution on maps with channel c and element s as channel ``c S + s``; its own are group-major."""
+    filter = step.filter.unflatten(0, (order, -1)).transpose(0, 1).flatten(0, 1)
+    if step.groups == 1:
+        filter = filter.unflatten(1, (order, -1)).transpose(1, 2).flatten(1, 2)
+    return step._replace(filter=filter)
 
 
 def _conv2d(step: Convolution, bias: Tensor | None) -> nn.Conv2d:

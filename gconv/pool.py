@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
-from .functional import to_planar
+from .functional import from_group_major, to_group_major
 
 
 class GroupMaxPool(nn.Module):
@@ -40,8 +40,8 @@ class SpatialMaxPool2d(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.max_pool2d(to_planar(x), self.kernel_size, self.stride, self.padding)
-        return y.unflatten(1, x.shape[1:3]) if x.dim() == 5 else y
+        y = F.max_pool2d(to_group_major(x), self.kernel_size, self.stride, self.padding)
+        return from_group_major(y, x.shape[2]) if x.dim() == 5 else y
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"

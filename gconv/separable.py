@@ -19,6 +19,10 @@ every kernel back by the element of the input map that it reads, ``K'[o, i, t, y
 gives ``K_s[o, i, s', y] = K'[o, i, s^-1 s', s'^-1 y]``: the planar part depends on the input element s' alone, where
 that of the others, ``d[s^-1 y]``, depends on the output element s. For ``gc_in``, that lets one planar kernel per input
 channel, turned by s', run *before* the mix.
+
+How a layer runs is a choice of its own and changes nothing but rounding: ``dense`` builds the full filter,
+``factorized`` is the last column, and ``irrep``, for ``gc`` and ``gc_in``, is that with the mix in the irreducible
+representations of the group (:mod:`gconv.mixing`).
 """
 
 from __future__ import annotations
@@ -27,17 +31,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import reduce
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError, one_of
-from .functional import Sampling, Tables
+from .functional import Sampling, Tables, from_group_major, to_group_major
+from .mixing import Basis, DirectMixing, IrrepMixing, Mixing
 
-Execution = Literal["dense", "factorized"]
-EXECUTIONS: tuple[Execution, ...] = ("dense", "factorized")
+Execution = Literal["dense", "factorized", "irrep"]
+EXECUTIONS: tuple[Execution, ...] = ("dense", "factorized", "irrep")
 
 
 class FilterShape(NamedTuple):
@@ -71,6 +76,7 @@ class Form(ABC):
         planar_axes: the channel axes that a planar kernel depends on, ``"oi"``, ``"o"`` or ``"i"``: the blocks. The
             other channel axes and the group axis make the rows.
         own_frame: whether every kernel is first turned back by the element that it reads, ``K[o, i, t, t y]``.
+        executions: those that the form has.
         default_execution: factorised, but for the forms with a kernel per channel pair: run so they need a map O R
             times the size of their input, so their dense filter is built from the factors instead.
         spatial_first: whether the planar kernels run before the mix, so that the mix sees the output's resolution.
@@ -79,6 +85,7 @@ class Form(ABC):
     name: ClassVar[str]
     planar_axes: ClassVar[str]
     own_frame: ClassVar[bool] = False
+    executions: ClassVar[tuple[Execution, ...]] = ("dense", "factorized")
     default_execution: ClassVar[Execution] = "factorized"
     spatial_first: ClassVar[bool] = False
 
@@ -95,12 +102,17 @@ class Form(ABC):
         """Multiply-accumulates a position of (the mix, the planar kernels) when run factorised."""
 
     @abstractmethod
-    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """The filters of the two convolutions of :meth:`run`, for the mix ``[., ., 1, 1]`` and for the plane."""
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
+        """What :meth:`run` mixes with, and its filter for the plane; with a ``basis``, to mix in that."""
 
     @abstractmethod
-    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
-        """Run factorised, with the two :meth:`filters`: ``[N, I S, H, W]`` to ``[N, O S, H', W']``, without bias."""
+    def run(
+        self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
+    ) -> Tensor:
+        """Run factorised, with the two :meth:`filters` and a bias ``[S O]``.
+
+        From ``[N, S I, H, W]`` to ``[N, S O, H', W']``, both group-major.
+        """
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
@@ -141,9 +153,16 @@ class Form(ABC):
         planar, others = self._channels(shape)
         return (*planar, rank, *others, shape.order), (*planar, rank, shape.k, shape.k)
 
-    def macs_by_map(self, shape: FilterShape, rank: int) -> tuple[int, int]:
-        """The same per position of the (input map, output map): the mix runs on whichever it reads."""
+    def macs_by_map(self, shape: FilterShape, rank: int, basis: Basis | None = None) -> tuple[int, int]:
+        """The same per position of the (input map, output map): the mix runs on whichever it reads.
+
+        With a ``basis``, of the mix in that, the changes of basis included.
+        """
         mix, spatial = self.macs(shape, rank)
+        if basis is not None:
+            o, i, s, _ = shape
+            changed = (i * rank + o) if self.spatial_first else (i + o * rank)  # channels, each changed once
+            mix = o * i * rank * basis.macs + changed * s**2
         return (0, mix + spatial) if self.spatial_first else (mix, spatial)
 
     def max_rank(self, shape: FilterShape) -> int:
@@ -213,17 +232,20 @@ class SharedPerPair(Form):
         pairs = shape.out_channels * shape.in_channels * rank
         return pairs * shape.order**2, pairs * shape.order * shape.k**2
 
-    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
         o, i, rank, s = mix.shape
         k = spatial.shape[-1]
         # Mix every input channel on its own, for every output channel: I groups with O S R outputs each.
         w = seen(mix, tables.relative).permute(1, 0, 3, 2, 4).reshape(i * o * s * rank, s, 1, 1)
         return w, turned(spatial.flatten(1, 2), tables.pixels).reshape(o * s, i * rank, k, k)
 
-    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+    def run(
+        self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
+    ) -> Tensor:
         o, i, s, _ = shape
+        x = _channel_major(x, s)
         mixed = F.conv2d(x, w, groups=i).unflatten(1, (i, o * s, rank)).transpose(1, 2).flatten(1, 3)
-        return F.conv2d(mixed, d, None, *sampling, groups=o * s)
+        return _group_major(F.conv2d(mixed, d, None, *sampling, groups=o * s), s, bias)
 
 
 class SharedPerOutput(Form):
@@ -231,6 +253,7 @@ class SharedPerOutput(Form):
 
     name = "gc"
     planar_axes = "o"
+    executions = EXECUTIONS
 
     def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
         return shape.in_channels * shape.order, rank * shape.k**2
@@ -239,28 +262,28 @@ class SharedPerOutput(Form):
         maps = shape.out_channels * shape.order * rank
         return maps * shape.in_channels * shape.order, maps * shape.k**2
 
-    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        o, rank, i, s = mix.shape
-        k = spatial.shape[-1]
-        w = seen(mix, tables.relative).permute(1, 0, 3, 2, 4).reshape(rank * o * s, i * s, 1, 1)
-        return w, turned(spatial, tables.pixels).permute(2, 0, 1, 3, 4).reshape(rank * o * s, 1, k, k)
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
+        # The axes are (o, r, i) and then what the group axis becomes.
+        return _mixing(mix, "oriuv->ruovi", "oriu,uab->raobi", tables, basis), _planes(spatial, tables)
 
-    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
-        maps = shape.out_channels * shape.order
+    def run(
+        self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
+    ) -> Tensor:
+        mixing: Mixing = w
         # One term of the sum after the other, each with a depthwise convolution, for which backends have a kernel. All
         # terms at once and then their sum would also leave the memory format.
         return _sum(
-            F.conv2d(F.conv2d(x, mix), plane, None, *sampling, groups=maps)
-            for mix, plane in zip(w.chunk(rank), d.chunk(rank), strict=True)
+            F.conv2d(mixed, plane, bias if number == 0 else None, *sampling, groups=len(plane))
+            for number, (mixed, plane) in enumerate(zip(mixing.each(x), d.unbind(), strict=True))
         )
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
     ) -> tuple[tuple[Convolution, ...], ...] | None:
-        w, d = (factor.chunk(mix.shape[1]) for factor in self.filters(mix, spatial, tables))
+        mixing, planes = self.filters(mix, spatial, tables)
         return tuple(
-            (Convolution(one, 1, Sampling()), Convolution(plane, len(plane), sampling))
-            for one, plane in zip(w, d, strict=True)
+            (Convolution(one[:, :, None, None], 1, Sampling()), Convolution(plane, len(plane), sampling))
+            for one, plane in zip(mixing.weights, planes, strict=True)
         )
 
 
@@ -270,6 +293,7 @@ class SharedPerInput(Form):
     name = "gc_in"
     planar_axes = "i"
     own_frame = True
+    executions = EXECUTIONS
     spatial_first = True
 
     def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
@@ -279,26 +303,23 @@ class SharedPerInput(Form):
         maps = shape.in_channels * shape.order * rank
         return maps * shape.out_channels * shape.order, maps * shape.k**2
 
-    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        i, rank, o, s = mix.shape
-        k = spatial.shape[-1]
-        w = seen(mix, tables.relative).permute(1, 2, 3, 0, 4).reshape(rank * o * s, i * s, 1, 1)
-        return w, turned(spatial, tables.pixels).permute(2, 0, 1, 3, 4).reshape(rank * i * s, 1, k, k)
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
+        # The axes are (i, r, o) and then what the group axis becomes.
+        return _mixing(mix, "irouv->ruovi", "irou,uab->raobi", tables, basis), _planes(spatial, tables)
 
-    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
-        maps = shape.in_channels * shape.order
-        return _sum(  # one term after the other, as in gc
-            F.conv2d(F.conv2d(x, plane, None, *sampling, groups=maps), mix)
-            for mix, plane in zip(w.chunk(rank), d.chunk(rank), strict=True)
-        )
+    def run(
+        self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
+    ) -> Tensor:
+        mixing: Mixing = w
+        return mixing.total((F.conv2d(x, plane, None, *sampling, groups=len(plane)) for plane in d.unbind()), bias)
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
     ) -> tuple[tuple[Convolution, ...], ...] | None:
-        w, d = (factor.chunk(mix.shape[1]) for factor in self.filters(mix, spatial, tables))
+        mixing, planes = self.filters(mix, spatial, tables)
         return tuple(
-            (Convolution(plane, len(plane), sampling), Convolution(one, 1, Sampling()))
-            for one, plane in zip(w, d, strict=True)
+            (Convolution(plane, len(plane), sampling), Convolution(one[:, :, None, None], 1, Sampling()))
+            for one, plane in zip(mixing.weights, planes, strict=True)
         )
 
 
@@ -318,7 +339,7 @@ class TurnedPerPair(Form):
         maps = shape.out_channels * shape.in_channels * shape.order * rank
         return maps * shape.order, maps * shape.k**2
 
-    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
         o, i, rank, s = mix.shape
         k = spatial.shape[-1]
         w = seen(mix, tables.relative).permute(0, 3, 1, 4, 2).reshape(o * s, i * s * rank, 1, 1)
@@ -326,10 +347,13 @@ class TurnedPerPair(Form):
         d = turned(spatial.flatten(0, 1), tables.pixels).unflatten(0, (o, i)).permute(1, 2, 0, 3, 4, 5)
         return w, d.reshape(i * s * o * rank, 1, k, k)
 
-    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
+    def run(
+        self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
+    ) -> Tensor:
         o, i, s, _ = shape
-        filtered = F.conv2d(x, d, None, *sampling, groups=i * s)
-        return F.conv2d(filtered.unflatten(1, (i * s, o, rank)).transpose(1, 2).flatten(1, 3), w, groups=o)
+        filtered = F.conv2d(_channel_major(x, s), d, None, *sampling, groups=i * s)
+        mixed = F.conv2d(filtered.unflatten(1, (i * s, o, rank)).transpose(1, 2).flatten(1, 3), w, groups=o)
+        return _group_major(mixed, s, bias)
 
 
 class TurnedPerOutput(Form):
@@ -350,23 +374,26 @@ class TurnedPerOutput(Form):
         maps = shape.out_channels * shape.order**2 * rank
         return maps * shape.in_channels, maps * shape.k**2
 
-    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
         o, rank, i, s = mix.shape
         k = spatial.shape[-1]
-        # S filters one after the other, one for the maps of each input element, with R O S outputs.
-        w = seen(mix, tables.relative).permute(4, 1, 0, 3, 2).reshape(s * rank * o * s, i, 1, 1)
-        d = turned(spatial, tables.pixels).permute(1, 2, 0, 3, 4).unsqueeze(3).expand(s, rank, o, s, k, k)
-        return w, d.reshape(s * rank * o * s, 1, k, k)
+        # S filters one after the other, one for the maps of each input element, with R S O outputs.
+        w = seen(mix, tables.relative).permute(4, 1, 3, 0, 2).reshape(s * rank * s * o, i, 1, 1)
+        d = turned(spatial, tables.pixels).permute(1, 2, 0, 3, 4).unsqueeze(2).expand(s, rank, s, o, k, k)
+        return w, d.reshape(s * rank * s * o, 1, k, k)
 
-    def run(self, x: Tensor, w: Tensor, d: Tensor, shape: FilterShape, rank: int, sampling: Sampling) -> Tensor:
-        o, i, s, _ = shape
+    def run(
+        self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
+    ) -> Tensor:
+        s = shape.order
 
         def of_element(maps: Tensor, w: Tensor, d: Tensor) -> Tensor:
             y = F.conv2d(F.conv2d(maps, w), d, None, *sampling, groups=len(d))
-            return y if rank == 1 else y.unflatten(1, (rank, o * s)).sum(1)
+            return y if rank == 1 else y.unflatten(1, (rank, -1)).sum(1)
 
         # One input element after the other: all at once would need maps S times the size.
-        return reduce(torch.add, map(of_element, x.unflatten(1, (i, s)).unbind(2), w.chunk(s), d.chunk(s)))
+        total = reduce(torch.add, map(of_element, x.chunk(s, 1), w.chunk(s), d.chunk(s)))
+        return total if bias is None else total + bias.view(-1, 1, 1)
 
 
 FORMS: dict[str, Form] = {
@@ -388,16 +415,52 @@ def form_named(name: str | Form) -> Form:
     return FORMS[name.lower()]
 
 
-def check_execution(execution: str) -> Execution:
-    """``execution`` if it is one of ``EXECUTIONS``.
+def check_execution(execution: str, form: Form | None = None) -> Execution:
+    """``execution`` if it is one of ``EXECUTIONS``, or one that a form has.
 
     Raises:
         InputError: it is not.
     """
-    for known in EXECUTIONS:
+    if execution not in EXECUTIONS:
+        raise one_of("execution", execution, EXECUTIONS)
+    for known in EXECUTIONS if form is None else form.executions:
         if execution == known:
             return known
-    raise one_of("execution", execution, EXECUTIONS)
+    assert form is not None
+    having = ", ".join(name for name, other in FORMS.items() if execution in other.executions)
+    raise InputError(
+        f"form {form.name!r} has no execution {execution!r}, which is for {having}; accepted: "
+        + ", ".join(form.executions)
+    )
+
+
+def _mixing(mix: Tensor, direct: str, in_blocks: str, tables: Tables, basis: Basis | None) -> Mixing:
+    """The mixes of a form, group-major; the two strings say, as of ``einsum``, where the axes of ``mix`` go."""
+    if basis is None:
+        before, after = direct.split("->")
+        weights = seen(mix, tables.relative).permute([before.index(axis) for axis in after])
+        rank, s, o, _, i = weights.shape
+        return DirectMixing(weights.reshape(rank, s * o, s * i))
+    weights_of = [torch.einsum(in_blocks, mix, matrices.to(mix)) for matrices in basis.matrices]
+    return IrrepMixing(basis.basis.to(mix), basis.copies, tuple(w.flatten(3, 4).flatten(1, 2) for w in weights_of))
+
+
+def _planes(spatial: Tensor, tables: Tables) -> Tensor:
+    """``[C, R, k, k]`` as the filters ``[R, S C, 1, k, k]`` of depthwise convolutions."""
+    k = spatial.shape[-1]
+    copies = turned(spatial, tables.pixels).permute(2, 1, 0, 3, 4)
+    return copies.reshape(spatial.shape[1], -1, 1, k, k)
+
+
+def _channel_major(x: Tensor, order: int) -> Tensor:
+    """Group-major maps with channel c and element s as channel ``c S + s``."""
+    return from_group_major(x, order).flatten(1, 2)
+
+
+def _group_major(x: Tensor, order: int, bias: Tensor | None) -> Tensor:
+    """The inverse, and a bias ``[S O]`` added."""
+    x = to_group_major(x.unflatten(1, (-1, order)))
+    return x if bias is None else x + bias.view(-1, 1, 1)
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:

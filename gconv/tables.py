@@ -88,7 +88,7 @@ def data_efficiency(records: Sequence[Record]) -> Rows:
         row = {"images": f"{images:,}", "epochs": str(one["recipe"]["epochs"]), "steps": f"{one['steps']:,}"}
         for model in models:
             own = by_model.get(model, [])
-            row[model] = spread([record["test_error"] for record in own]) + (f" ({len(own)})" if own else "")
+            row[model] = spread([record["test_error"] for record in own]) + (f" ({seeds(own)})" if own else "")
         rows.append(row)
     return rows
 
@@ -185,8 +185,17 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation} %"
 
 
+def seeds(*groups: Sequence[Record]) -> str:
+    """How many runs these groups have, as ``1 seed``, ``3 seeds`` or ``1 to 3 seeds``."""
+    counts = sorted({len(group) for group in groups})
+    span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"{span} seed" + ("" if counts == [1] else "s")
+
+
 def as_markdown(rows: Rows) -> str:
-    """Rows of the same keys as a Markdown table."""
+    """Rows of the same keys as a Markdown table; without rows, a line that says so."""
+    if not rows:
+        return "*There are no records of this yet.*"
     lines = [tuple(rows[0]), ("---",) * len(rows[0]), *(tuple(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

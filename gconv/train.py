@@ -126,8 +126,9 @@ def _train(args: argparse.Namespace, device_name: str) -> None:
     from .checkpoint import read
     from .data import load_dataset
     from .distributed import processes, rank
+    from .evaluation import evaluate
     from .memory import reuse_freed_memory
-    from .training import environment, evaluate, fit, pick_device
+    from .training import environment, fit, pick_device
 
     device = pick_device(device_name)
     if args.tensorboard is not None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from analysis.allocation import choose, energy_curves, executed_macs, forms_named, present, smaller_options
 from analysis.budget import Budget
 from gconv import FORMS, GROUPS, GConv2d, InputError, SeparableGConv2d
-from gconv.separable import EXECUTIONS
 
 every_form = pytest.mark.parametrize("form", FORMS)
 POSITIONS = (36, 16)  # a 6 x 6 input map and a 4 x 4 output map
@@ -235,6 +234,6 @@ def test_options_are_the_layer_as_it_is_and_all_that_are_smaller_and_run_no_dear
 def test_macs_are_those_of_the_layer_that_runs_that_way(form, layer, data):
     rank = data.draw(st.integers(1, FORMS[form].max_rank(layer.filter_shape)))
     made = SeparableGConv2d.like(layer, form, rank)
-    for execution in EXECUTIONS:
+    for execution in FORMS[form].executions:
         expected = sum(each * positions for each, positions in zip(made.macs(execution), POSITIONS, strict=True))
         assert executed_macs(layer, FORMS[form], rank, execution, POSITIONS) == expected

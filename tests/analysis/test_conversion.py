@@ -35,8 +35,9 @@ from gconv import (
     equivariance_error,
     load,
     load_dataset,
+    save,
 )
-from gconv.training import Score
+from gconv.evaluation import Score
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 trained_networks = pytest.mark.parametrize("name", ["p4cnn-rotdigits", "p4m-cnn-rotdigits"])
@@ -452,7 +453,7 @@ def test_to_dense_is_the_same_function(under, form):
         ({"max_drop": 1}, "^max_drop needs training and validation images; accepted: data and validation$"),
         ({"minimise": "outputs"}, "^minimise outputs needs training images; accepted: data$"),
         ({"minimise": "scores"}, "^unknown minimise 'scores'; accepted: auto, weights, outputs$"),
-        ({"execution": "sparse"}, "^unknown execution 'sparse'; accepted: auto, dense, factorized$"),
+        ({"execution": "sparse"}, "^unknown execution 'sparse'; accepted: auto, dense, factorized, irrep$"),
         (
             {"allocation": "fair"},
             "^unknown allocation 'fair'; accepted: auto, uniform, energy, minmax, lagrangian, greedy",
@@ -1111,3 +1112,23 @@ def test_what_is_no_table_of_measurements_is_refused(table):
         InputError, match=r"^sensitivity is not a table of this package; accepted: that of an earlier report$"
     ):
         convert(tiny(), params=0.5, sensitivity=table)
+
+
+def test_an_execution_that_a_form_lacks_is_refused_before_anything_else():
+    words = r"form 'g' has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+    with pytest.raises(InputError, match=words):
+        convert(create_model("p4cnn", width=2), rank=1, execution="irrep")
+
+
+def test_a_network_converted_to_irreps_is_the_same_function_and_is_saved_as_such(tmp_path):
+    network = create_model("p4cnn", width=3)
+    plain, _ = convert(network, "gc_in", rank=2, execution="factorized")
+    small, report = convert(network, "gc_in", rank=2, execution="irrep")
+    images = torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), plain(images))
+    assert {row.execution for row in report.layers} == {"irrep"}
+    save(small, tmp_path / "small.pt")
+    kept = load(tmp_path / "small.pt").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(kept(images), small(images))

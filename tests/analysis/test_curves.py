@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from analysis import curves
-from gconv.experiments import Run
+from gconv.runs import Run
 from gconv.tables import PUBLISHED
 
 
@@ -69,15 +69,27 @@ def test_one_quantity_has_one_panel():
     assert [list(line.get_xdata()) for line in axis.get_lines()] == [[1, 2]]
 
 
-def test_efficiency_has_a_line_of_means_and_the_seeds(records):
+def test_efficiency_has_a_line_of_means_the_seeds_and_what_was_published(records):
     (axis,) = curves.plot_efficiency(records).axes
-    lines = {line.get_label(): dict(line.get_xydata()) for line in axis.get_lines() if line.get_marker() != "."}
-    assert lines == {"p4cnn": {120: 30.5, 12000: 2.5}, "gc-p4cnn": {120: 40.0}}
+    lines = {line.get_label(): dict(line.get_xydata()) for line in axis.get_lines() if line.get_marker() not in ".x"}
+    assert lines == {"p4cnn (2 seeds)": {120: 30.5, 12000: 2.5}, "gc-p4cnn (1 seed)": {120: 40.0}}
     assert points(axis, ".") == [(120, 30), (120, 31), (120, 40), (12000, 2), (12000, 3)]
+    assert points(axis, "x") == [(12000, 1.74), (12000, 2.23)]
 
 
-def test_recipes_are_in_the_order_of_their_making(records):
+def test_efficiency_on_fewer_images_has_nothing_published_beside_it(records):
+    (axis,) = curves.plot_efficiency([record for record in records if record["train_images"] == 120]).axes
+    assert points(axis, "o") == [(120, 30.5)]
+    assert points(axis, "x") == []
+
+
+def test_recipes_are_in_the_order_of_their_making_with_their_seeds(records):
     (axis,) = curves.plot_recipes(records).axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["published", "cosine"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["published (1 seed)", "cosine (2 seeds)"]
     assert points(axis, "o") == [(1.5, 1), (2.5, 0), (2.5, 1)]
     assert points(axis, "|") == [(2.0, 1), (2.5, 0)]
+
+
+def test_no_recipes_are_said_to_be_none(records):
+    (axis,) = curves.plot_recipes(records[:3]).axes
+    assert [text.get_text() for text in axis.texts] == ["no records yet"]

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import gconv.data
 import gconv.train
-from analysis import ConversionReport, conversion, convert, decompose, execution, planning, plots
+from analysis import ConversionReport, conversion, convert, decompose, execution, planning, spectra_plot
 from gconv import SeparableGConv2d, Split, cost, create_model, evaluate, load, read, save
 from gconv.checkpoint import layer_choices
 
@@ -653,7 +653,7 @@ POINTS = "accepted: points of accuracy above 0 and below 100, such as 0.5"
         ),
         ("--minimise all", "unknown minimise 'all'; accepted: auto, weights, outputs"),
         ("--minimise outputs", "minimise outputs needs training images; accepted: data"),
-        ("--execution fast", "unknown execution 'fast'; accepted: auto, dense, factorized"),
+        ("--execution fast", "unknown execution 'fast'; accepted: auto, dense, factorized, irrep"),
         ("--distill all", "unknown target of distillation 'all'; accepted: scores, layers"),
         ("--resume", "--resume continues fine-tuning; accepted: the options of the interrupted call, as they were"),
         (
@@ -771,7 +771,7 @@ def half_a_figure(self, path, **_):
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["new", "replacing"])
-@pytest.mark.parametrize(("where", "what"), [(plots, "plot_spectra"), (Figure, "savefig"), (json, "dumps")])
+@pytest.mark.parametrize(("where", "what"), [(spectra_plot, "draw_spectra"), (Figure, "savefig"), (json, "dumps")])
 def test_a_failure_leaves_no_half_written_file(monkeypatch, where, what, force):
     path = small()
     if force:

@@ -14,7 +14,7 @@ from torch import nn
 from analysis import execution
 from analysis.execution import BATCH, faster_execution, latency, layer_inputs, layer_times, medians
 from gconv import GConv2d, GroupBatchNorm2d, GroupMaxPool, LiftingConv2d, SeparableGConv2d, SpatialMeanPool2d
-from gconv.separable import EXECUTIONS
+from gconv.separable import FORMS
 
 
 class Clock:
@@ -49,6 +49,7 @@ class Takes(nn.Module):
     def __init__(self, clock, **milliseconds):
         super().__init__()
         self.clock, self.milliseconds, self.execution = clock, milliseconds, "dense"
+        self.form = FORMS["g"]  # which has these two
         self.seen = []
 
     def forward(self, x):
@@ -175,10 +176,18 @@ def test_the_factorized_execution_must_be_faster_beyond_noise(clock, factorized,
     assert faster_execution(Takes(clock, dense=100, factorized=factorized), torch.zeros(1))[0] == chosen
 
 
-@pytest.mark.parametrize("own", EXECUTIONS)
-@pytest.mark.parametrize("times", [(1.0, 2.0), (2.0, 1.0)])
-def test_both_executions_of_a_layer_are_compared(monkeypatch, own, times):
-    layer = SeparableGConv2d(1, 2, 3, group="p4", form="gc", execution=own)
+@pytest.mark.parametrize(
+    ("form", "own", "times"),
+    [
+        ("gc", "dense", (1.0, 2.0, 3.0)),
+        ("gc", "irrep", (2.0, 1.0, 3.0)),
+        ("gc_in", "factorized", (3.0, 2.0, 1.0)),
+        ("g", "factorized", (1.0, 2.0)),
+        ("gc_turned", "dense", (2.0, 1.0)),
+    ],
+)
+def test_all_executions_of_a_layer_are_compared(monkeypatch, form, own, times):
+    layer = SeparableGConv2d(1, 2, 3, group="p4", form=form, execution=own)
     x = torch.randn(2, 1, 4, 5, 5)
     compared = []
 
@@ -189,8 +198,9 @@ def test_both_executions_of_a_layer_are_compared(monkeypatch, own, times):
 
     monkeypatch.setattr(execution, "layer_times", timed)
     chosen, by_name = faster_execution(layer, x)
-    assert [variant.execution for variant in compared] == list(EXECUTIONS) == ["dense", "factorized"]
-    assert by_name == dict(zip(EXECUTIONS, times, strict=True))
+    executions = ["dense", "factorized", "irrep"][: len(times)]
+    assert [variant.execution for variant in compared] == executions
+    assert by_name == dict(zip(executions, times, strict=True))
     assert chosen == min(by_name, key=by_name.get)
     for variant in compared:
         torch.testing.assert_close(variant(x), layer(x))

@@ -133,7 +133,6 @@ class TestRecord:
         assert at_rank_1 <= made["macs_executed"] < made["original"]["macs_executed"]
 
 
-@pytest.mark.parametrize("argv", [[], ["runs"], ["table", "x"]])
-def test_other_words_are_refused(argv):
-    with pytest.raises(SystemExit, match="usage"):
-        conversion.main(argv)
+def test_the_command_prints_the_table(records, capsys):
+    assert conversion.main(["table"]) == 0
+    assert capsys.readouterr().out == conversion.table() + "\n"

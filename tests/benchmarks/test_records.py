@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import complete
+from benchmarks.records import command, complete
 
 
 @dataclass(frozen=True)
@@ -43,4 +43,45 @@ def test_a_run_that_did_not_end_leaves_nothing(tmp_path, wrong):
 def test_not_a_number_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         complete([Run(tmp_path / "a.json")], lambda run: {"parameters": float("nan")}, "parameters")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [Run(tmp_path / f"{name}.json") for name in ("a_seed0", "b_seed0", "b_seed1")]
+
+
+def called(runs, *argv):
+    document = {"parameters": 3, "error": 1}
+    try:
+        return command("prog", argv, runs=runs, record=lambda run: document, shown="error", table=lambda: "| |")
+    except SystemExit as exit_:
+        return exit_.code
+
+
+@pytest.mark.parametrize(("argv", "done"), [(["run"], [0, 1, 2]), (["run", "seed0"], [0, 1]), (["run", "b_"], [1, 2])])
+def test_the_command_does_all_runs_or_those_of_a_name(runs, argv, done):
+    assert called(runs, *argv) == 0
+    assert [run for run in runs if run.path.exists()] == [runs[i] for i in done]
+
+
+def test_the_command_prints_the_table(runs, capsys):
+    assert called(runs, "table") == 0
+    assert capsys.readouterr().out == "| |\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: run | table"),
+        (["runs"], "unknown action 'runs'; accepted: run, table"),
+        (["run", "seed2"], "no record of prog has 'seed2' in its name"),
+        (["run", "a", "b"], "unrecognized arguments: b"),
+        (["table", "b"], "table is of all records; leave out 'b'"),
+        (["table", "--csv"], "unrecognized arguments: --csv"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_done(runs, tmp_path, capsys, argv, said):
+    assert called(runs, *argv) == 2
+    assert capsys.readouterr() == ("", f"prog: error: {said}\n")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 import gconv
 from benchmarks import retraining
 from benchmarks.retraining import RUNS, Run
-from gconv.experiments import Run as Scratch
+from gconv.runs import Run as Scratch
 
 
 @pytest.fixture
@@ -101,6 +101,6 @@ def is_rule(line):
     return line.get_linestyle() == ":"
 
 
-def test_another_command_is_refused(capsys):
-    with pytest.raises(SystemExit, match="usage"):
-        retraining.main(["runs"])
+def test_the_command_prints_the_table(records, capsys):
+    assert retraining.main(["table"]) == 0
+    assert capsys.readouterr().out == retraining.table() + "\n"

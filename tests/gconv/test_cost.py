@@ -54,12 +54,18 @@ def expected_macs(form: str, o: int, i: int, s: int, k: int, rank: int, into: in
 
 
 def convolution_macs(model: nn.Module, *shape: int) -> int:
-    """What PyTorch's counter sees of convolutions in one forward pass (it counts 2 FLOPs a MAC)."""
+    """What PyTorch's counter sees of convolutions, and of products in place of 1x1 ones, in one forward pass.
+
+    It counts 2 FLOPs a MAC. The linear head is left out, and so is what the first pass builds and keeps.
+    """
+    x = torch.zeros(1, *shape)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, *shape))
-    flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+        model.eval()(x)
+        built = sum(counter.get_flop_counts()["Global"].values())
+        model(x)
+    flops = sum(counter.get_flop_counts()["Global"].values()) - built
     assert flops % 2 == 0
-    return flops // 2
+    return flops // 2 - model.fc.weight.numel()
 
 
 def with_converted_layers() -> Model:

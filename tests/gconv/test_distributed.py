@@ -20,8 +20,9 @@ from gconv import checkpoint, create_model, norm, training
 from gconv.data import Split
 from gconv.distributed import joined, processes, rank, sum_over_processes
 from gconv.errors import InputError
+from gconv.evaluation import evaluate
 from gconv.recipe import Recipe
-from gconv.training import evaluate, fit
+from gconv.training import fit
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="PyTorch was built without gloo"

@@ -23,13 +23,12 @@ from gconv import (
     group,
 )
 from gconv.equivariance import InexactLayer
-from gconv.separable import EXECUTIONS
 
 EXACT, WRONG = 1e-12, 1e-6
 
 every_kind = pytest.mark.parametrize(
     ("kind", "execution"),
-    [("lifting", None), ("full", None), *((form, execution) for form in FORMS for execution in EXECUTIONS)],
+    [("lifting", None), ("full", None), *((form, execution) for form in FORMS for execution in FORMS[form].executions)],
 )
 
 

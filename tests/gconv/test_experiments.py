@@ -19,16 +19,19 @@ from typing import Any
 import pytest
 import torch
 
-from gconv import checkpoint, data, experiments, recipe, training
+from gconv import checkpoint, data, experiments, recipe, runs, training, workers
 from gconv.cost import cost
 from gconv.data import Dataset, Split, load_dataset
 from gconv.errors import InputError
-from gconv.experiments import EXPERIMENTS, Run, execute, load_records, main, recipe_of, record_path
+from gconv.evaluation import evaluate
+from gconv.experiments import EXPERIMENTS, main
 from gconv.memory import training_memory
 from gconv.models import create_model
 from gconv.recipe import Recipe
-from gconv.tables import PUBLISHED, as_csv, as_markdown, efficiency, spread, table
-from gconv.training import evaluate, fit
+from gconv.runs import Run, load_records, recipe_of, record_path
+from gconv.tables import PUBLISHED, as_csv, as_markdown, efficiency, seeds, spread, table
+from gconv.training import fit
+from gconv.workers import execute
 
 RECORDS, WORK = Path("records"), Path("work")
 TINY = Run("z2cnn", 3, "rotdigits", images=20, epochs=2)
@@ -50,7 +53,7 @@ def _in_a_folder_of_its_own_with_few_images(monkeypatch, tmp_path, digits):
 
 def perform(run: Run = TINY) -> dict[str, Any]:
     """The record that a run leaves."""
-    experiments._perform(run, RECORDS, WORK, "cpu")
+    runs.perform(run, RECORDS, WORK, "cpu")
     return json.loads(record_path(run, RECORDS).read_text())
 
 
@@ -247,7 +250,7 @@ def test_runs_are_done_once_each_in_a_process(capsys):
 def test_what_is_recorded_is_not_done_again(monkeypatch):
     perform()
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    monkeypatch.setattr(experiments, "_start_deaf", lambda process: pytest.fail("it is recorded already"))
+    monkeypatch.setattr(workers, "deaf", lambda: pytest.fail("it is recorded already"))
     monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("there is nothing to do"))
     execute([TINY, TINY], records=RECORDS, work=WORK, device="cpu")
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
@@ -418,8 +421,8 @@ def test_data_efficiency_has_a_row_for_each_number_of_images():
     records += [record(Run("g-p4cnn", 0), 2.0)]  # of the other experiment
     rows = table("data-efficiency", [*OTHERS[::2], *OTHERS[3:], *records])
     assert [row["images"] for row in rows] == ["120", "600", "12,000"]
-    assert [row["z2cnn"] for row in rows] == ["", "7.00 % (1)", "5.00 % (1)"]
-    assert [row["p4cnn"] for row in rows] == ["8.50 ± 0.71 % (2)", "4.00 % (1)", "2.00 % (1)"]
+    assert [row["z2cnn"] for row in rows] == ["", "7.00 % (1 seed)", "5.00 % (1 seed)"]
+    assert [row["p4cnn"] for row in rows] == ["8.50 ± 0.71 % (2 seeds)", "4.00 % (1 seed)", "2.00 % (1 seed)"]
     assert {(row["epochs"], row["steps"]) for row in rows} == {("50", "2,350")}
     assert "g-p4cnn" not in rows[0]
     assert [len(of["p4cnn"]) for of in efficiency(records).values()] == [2, 1, 1]
@@ -436,6 +439,15 @@ def test_spread():
     assert spread([1.0, 2.0, 6.0]) == "3.00 ± 2.65 %"
 
 
+@pytest.mark.parametrize(("counts", "said"), [((1,), "1 seed"), ((3, 3), "3 seeds"), ((1, 3, 2), "1 to 3 seeds")])
+def test_seeds_are_counted(counts, said):
+    assert seeds(*([{}] * count for count in counts)) == said
+
+
+def test_no_rows_are_told_in_a_table_too():
+    assert as_markdown([]) == "*There are no records of this yet.*"
+
+
 def test_markdown_and_csv_have_the_same_cells(capsys):
     perform(Run("z2cnn", 0, "rotdigits", images=20))
     perform(Run("z2cnn", 1, "rotdigits", images=20))
@@ -450,7 +462,7 @@ def test_markdown_and_csv_have_the_same_cells(capsys):
     assert set(lines[1]) == {"---"}
     assert parsed[0] == ["images", "epochs", "steps", "z2cnn"]
     assert parsed[1][:3] == ["20", "50", "50"]
-    assert parsed[1][3].endswith(" % (2)")
+    assert parsed[1][3].endswith(" % (2 seeds)")
     code, text, _ = command(capsys, "rotmnist", *argv[1:], "--csv")
     assert {row["seeds"] for row in csv.DictReader(io.StringIO(text))} == {"0"}
 

@@ -27,7 +27,7 @@ from gconv.groups import GROUPS
 from gconv.models import MODELS, Model, create_model
 from gconv.plain import to_plain
 from gconv.pool import GroupMeanPool
-from gconv.separable import EXECUTIONS, FORMS
+from gconv.separable import FORMS
 
 exporting = import_module("gconv.export")  # the module; gconv.export is the function
 FORMATS = ("torch", "pt2", "onnx")
@@ -91,7 +91,7 @@ def test_a_plain_network_is_the_same_function(data):
         if form is not None:
             layer = net.get_submodule(f"conv{number}")
             rank = data.draw(st.integers(1, FORMS[form].max_rank(layer.filter_shape)))
-            separable = SeparableGConv2d.like(layer, form, rank, data.draw(st.sampled_from(EXECUTIONS)))
+            separable = SeparableGConv2d.like(layer, form, rank, data.draw(st.sampled_from(FORMS[form].executions)))
             net.set_submodule(f"conv{number}", separable)
     net = trained(net.double())
     images = torch.rand(data.draw(st.sampled_from(BATCHES)), *net.input_shape, dtype=torch.float64)

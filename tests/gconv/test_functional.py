@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gconv import GROUPS, InputError, act, gconv2d, group
-from gconv.functional import Sampling, Tables, expand, to_planar
+from gconv.functional import Sampling, Tables, expand, from_group_major, relu, to_group_major, to_planar
 
 PICTURE = torch.arange(9).view(3, 3)
 
@@ -108,6 +108,26 @@ def test_planar_layout_puts_the_group_axis_inside_the_channels():
     assert planar.shape == (2, 12, 5, 6)
     assert all(planar[:, 4 * c + s].equal(x[:, c, s]) for c in range(3) for s in range(4))
     assert to_planar(planar) is planar
+
+
+def test_the_group_major_layout_puts_the_channels_inside_the_group_axis() -> None:
+    x = torch.arange(2 * 3 * 4).view(1, 2, 3, 2, 2)
+    planar = to_group_major(x)
+    assert planar.equal(torch.cat([x[:, :, s] for s in range(3)], 1))
+    assert from_group_major(planar, 3).equal(x)
+    again = to_group_major(from_group_major(planar, 3))
+    assert again.data_ptr() == planar.data_ptr() and again.is_contiguous()
+    assert to_group_major(planar) is planar
+
+
+@pytest.mark.parametrize("lifting", [False, True])
+def test_an_expanded_filter_is_one_function_in_both_orders_of_channels(lifting: bool) -> None:
+    weight = torch.randn(2, 3, 1 if lifting else 4, 3, 3, dtype=torch.float64)
+    expansion = Tables.build(group("p4"), 3, lifting=lifting).expansion
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64) if lifting else torch.randn(1, 3, 4, 5, 5, dtype=torch.float64)
+    y = F.conv2d(to_planar(x), expand(weight, expansion)).unflatten(1, (2, 4))
+    z = from_group_major(F.conv2d(to_group_major(x), expand(weight, expansion, group_major=True)), 4)
+    torch.testing.assert_close(z, y)
 
 
 def test_act_refuses_a_group_axis_of_another_length() -> None:

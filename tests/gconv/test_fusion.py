@@ -20,7 +20,7 @@ from gconv.fusion import fold, fuse
 from gconv.groups import GROUPS
 from gconv.models import MODELS, Model, create_model
 from gconv.norm import GroupBatchNorm2d
-from gconv.separable import EXECUTIONS, FORMS
+from gconv.separable import FORMS
 
 KINDS = ("planar", "depthwise", "lifting", "full", *FORMS)
 
@@ -69,7 +69,7 @@ def layers(draw: st.DrawFn, kind: str) -> nn.Module:
         return {"lifting": LiftingConv2d, "full": GConv2d}[kind](i, o, k, **options)
     full = GConv2d(i, o, k, **options)
     rank = draw(st.integers(1, FORMS[kind].max_rank(full.filter_shape)))
-    return SeparableGConv2d.like(full, kind, rank, draw(st.sampled_from(EXECUTIONS)))
+    return SeparableGConv2d.like(full, kind, rank, draw(st.sampled_from(FORMS[kind].executions)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,7 +124,7 @@ def test_a_converted_network_of_any_group_fuses_and_stays_equivariant(data):
         if form is not None:
             layer = net.get_submodule(f"conv{number}")
             rank = data.draw(st.integers(1, FORMS[form].max_rank(layer.filter_shape)))
-            separable = SeparableGConv2d.like(layer, form, rank, data.draw(st.sampled_from(EXECUTIONS)))
+            separable = SeparableGConv2d.like(layer, form, rank, data.draw(st.sampled_from(FORMS[form].executions)))
             net.set_submodule(f"conv{number}", separable)
     net, images = trained(net)
     fused = fuse(net)

@@ -186,7 +186,7 @@ def wait_for(pid: int) -> int:
 def kill_at_line(number: int) -> None:
     """This process dies at the ``number``th line that it executes of the modules that train and write."""
     left = number
-    modules = {"training.py", "train.py", "checkpoint.py", "files.py", "recipe.py"}
+    modules = {f"{name}.py" for name in ("training", "evaluation", "signals", "train", "checkpoint", "files", "recipe")}
 
     def line(frame: Any, event: str, arg: Any) -> Any:
         nonlocal left

@@ -21,11 +21,12 @@ from gconv.augmentation import DRAWS, augment
 from gconv.checkpoint import read, save
 from gconv.data import Split
 from gconv.errors import InputError
+from gconv.evaluation import evaluate
 from gconv.models import Model, create_model
 from gconv.penalty import tail_energy
 from gconv.recipe import AUGMENTATIONS, RECIPES, SCHEDULES, Recipe
 from gconv.separable import FORMS
-from gconv.training import evaluate, fit
+from gconv.training import fit
 
 positive = st.floats(0, 1e3)
 shares = st.floats(0, 1, exclude_max=True)

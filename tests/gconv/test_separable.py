@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gconv import FORMS, GROUPS, InputError, group
 from gconv.functional import Sampling, Tables, expand
+from gconv.mixing import basis_of
 from gconv.separable import EXECUTIONS, FilterShape, check_execution, form_named, turned
 
 PICTURE = torch.arange(9).view(3, 3)
@@ -134,11 +135,14 @@ def test_factorised_run_equals_one_convolution_with_the_dense_filter(form, case,
     o, i, s, k = shape
     rank = data.draw(ranks(form, shape))
     mix, spatial = drawn_factors(form, shape, rank)
-    x = torch.randn(2, i * s, *(sampling.dilation * (k - 1) + e for e in extra), dtype=torch.float64)
-    dense = expanded(form.name, on, mix, spatial).transpose(0, 1).reshape(o * s, i * s, k, k)
-    w, d = form.filters(mix, spatial, Tables.build(on, k))
-    y = form.run(x, w, d, shape, rank, sampling)
-    torch.testing.assert_close(y, F.conv2d(x, dense, None, *sampling), rtol=1e-12, atol=1e-11)
+    x = torch.randn(2, s * i, *(sampling.dilation * (k - 1) + e for e in extra), dtype=torch.float64)
+    bias = torch.randn(s * o, dtype=torch.float64) if data.draw(st.booleans()) else None
+    # [S, O, I, S, k, k], and both sides group-major, as the maps are.
+    dense = expanded(form.name, on, mix, spatial).transpose(2, 3).reshape(s * o, s * i, k, k)
+    for basis in (None, basis_of(on)) if "irrep" in form.executions else (None,):
+        w, d = form.filters(mix, spatial, Tables.build(on, k), basis)
+        y = form.run(x, w, d, bias, shape, rank, sampling)
+        torch.testing.assert_close(y, F.conv2d(x, dense, bias, *sampling), rtol=1e-12, atol=1e-11)
 
 
 @every_form
@@ -252,12 +256,19 @@ def test_forms_and_executions_are_found_by_name_or_refused_with_the_known_names(
     assert tuple(FORMS) == ("g", "gc", "gc_in", "g_turned", "gc_turned")
     for name, form in FORMS.items():
         assert form_named(name.upper()) is form_named(form) is form
-    assert tuple(map(check_execution, EXECUTIONS)) == ("dense", "factorized")
+    assert tuple(map(check_execution, EXECUTIONS)) == ("dense", "factorized", "irrep")
     for wrong in ("cg", None):
         with pytest.raises(InputError, match=rf"^unknown form '{wrong}'; accepted: g, gc, gc_in, g_turned, gc_turned$"):
             form_named(wrong)
-        with pytest.raises(InputError, match=rf"^unknown execution '{wrong}'; accepted: dense, factorized$"):
+        with pytest.raises(InputError, match=rf"^unknown execution '{wrong}'; accepted: dense, factorized, irrep$"):
             check_execution(wrong)
+    for name, form in FORMS.items():
+        assert all(check_execution(execution, form) == execution for execution in form.executions)
+        if name not in ("gc", "gc_in"):
+            words = f"form '{name}' has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+            with pytest.raises(InputError) as error:
+                check_execution("irrep", form)
+            assert str(error.value) == words
 
 
 @every_form

@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gconv import checkpoint, data, training
+from gconv import checkpoint, data, evaluation, training
 from gconv.conv import SeparableGConv2d
 from gconv.data import Dataset, Split, load_dataset
+from gconv.evaluation import Score, evaluate
 from gconv.models import MODELS, Model, create_model
 from gconv.recipe import Recipe
 from gconv.train import main
-from gconv.training import evaluate, fit
+from gconv.training import fit
 
 SMALL = ("rotdigits", "--model", "p4cnn", "--width", "2")
 TIMELESS = ("seconds", "environment")
@@ -169,11 +170,12 @@ def test_the_options_reach_the_run(train, few):
 def test_the_test_set_is_read_once_at_the_end(monkeypatch, train):
     scored = []
 
-    def noted(model: Model, split: Split, **options: Any) -> training.Score:
+    def noted(model: Model, split: Split, **options: Any) -> Score:
         scored.append(len(split.labels))
         return evaluate(model, split, **options)
 
-    monkeypatch.setattr(training, "evaluate", noted)
+    for module in (training, evaluation):  # of the run after every epoch, and of the command at the end
+        monkeypatch.setattr(module, "evaluate", noted)
     assert train(*SMALL, "--epochs", "3").code == 0
     assert scored == [20, 20, 20, 30]
 
@@ -589,7 +591,7 @@ def test_the_history_is_whole_after_a_resumption_too(train, epoch):
     with interrupted(checkpoint, "save", epoch, after=True):
         assert train(*SMALL, "--epochs", "3", "--history", "history", "--out", "net.pt").code == 130
     Path("history").write_text('{"epoch": 1}\n' * 5)
-    with interrupted(training, "evaluate", 1):
+    with interrupted(evaluation if epoch == 3 else training, "evaluate", 1):
         assert train("rotdigits", "--resume", "net.pt", "--history", "history").code == 130
     assert lines("history") == checkpoint.read("net.pt").record["history"]
     assert len(lines("history")) == epoch

@@ -15,9 +15,10 @@ from torch import Tensor
 from gconv.checkpoint import read, save
 from gconv.data import Split
 from gconv.errors import InputError
+from gconv.evaluation import evaluate
 from gconv.models import Model, create_model
 from gconv.recipe import Recipe
-from gconv.training import environment, evaluate, fit, pick_device, steps_of_epoch
+from gconv.training import environment, fit, pick_device, steps_of_epoch
 
 SHORT = Recipe(epochs=4, batch_size=10, decay_epoch=3)
 

@@ -1,0 +1,49 @@
+"""Times of runs that take turns, so that a machine that gets slower or faster does so for all of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from analysis.execution import machine
+from gconv.training import environment
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Any]:
+    """Median and quartiles in milliseconds, by name, without a first turn that loads what is loaded on first use."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-warm_up, rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn >= 0:
+                times[name].append(1000 * (time.perf_counter() - began))
+    return {name: summary(kept) for name, kept in times.items()}
+
+
+def summary(milliseconds: list[float]) -> dict[str, Any]:
+    """What is recorded of these times."""
+    low, _, high = (
+        statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else [milliseconds[0]] * 3
+    )
+    return {
+        "median_ms": round(statistics.median(milliseconds), 4),
+        "quartiles_ms": [round(low, 4), round(high, 4)],
+        "rounds": len(milliseconds),
+    }
+
+
+def described() -> dict[str, Any]:
+    """The machine."""
+    return {
+        **environment(torch.device("cpu")),
+        "processor": machine(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+    }
