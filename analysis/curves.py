@@ -97,6 +97,7 @@ def plot_recipes(records: Sequence[Record]) -> Figure:
     colour = sns.color_palette("colorblind")[0]
     if not found:
         axis.text(0.5, 0.5, "no records yet", ha="center", va="center", transform=axis.transAxes)
+        return figure
     for row, own in enumerate(found.values()):
         errors = [record["validation_error"] for record in own]
         axis.plot(errors, [row] * len(errors), "o", color=colour, alpha=0.8)

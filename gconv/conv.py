@@ -356,6 +356,8 @@ class SeparableGConv2d(_GroupConv):
         fan_ins = self.form.fan_ins(self.filter_shape, self.rank)
         for factor, fan_in in zip((self.mix, self.spatial), fan_ins, strict=True):
             nn.init.uniform_(factor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.mix.is_meta:  # nothing to scale, and PyTorch would load its compiler for it: seconds
+            return
         with torch.no_grad():
             scale = (3 * self.fan_in * self.weight.square().mean()) ** -0.25
             self.mix.mul_(scale)

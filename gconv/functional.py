@@ -87,7 +87,7 @@ def is_channels_last(x: Tensor) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """A planar map in the memory format that convolutions are fastest in: channels-last in float32 on a CPU.
 
-    ``benchmarks/training_speed.py`` measures what that brings. Convolutions and batch norm hand the format on, so a
+    ``benchmarks/speed_networks.py`` measures what that brings. Convolutions and batch norm hand the format on, so a
     network asks for it once.
     """
     if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype != torch.float32:  # a tracer's stand-in is none

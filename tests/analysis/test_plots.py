@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from analysis.plots import plot_sensitivity, plot_spectra
 
@@ -60,7 +61,8 @@ def test_a_ring_marks_each_choice_and_nothing_else():
         assert [(*ring.get_xdata(), *ring.get_ydata()) for ring in rings] == [
             (layer["rank"], layer["explained_energy"][form][layer["rank"] - 1]) for layer, _ in chosen
         ]
-        assert [ring.get_markeredgecolor() for ring in rings] == [curve.get_color() for _, curve in chosen]
+        colors = [to_hex(ring.get_markeredgecolor()) for ring in rings]
+        assert colors == [to_hex(curve.get_color()) for _, curve in chosen]
 
 
 @pytest.mark.parametrize("count", [1, 6, 43])
@@ -79,7 +81,7 @@ def test_the_legend_names_every_layer_once_and_stays_inside_the_figure(count):
 def test_layers_are_told_apart_and_other_figures_keep_their_style():
     before = dict(plt.rcParams)
     _, curves, _ = next(panels(plot_spectra(rows(6))))
-    assert len({curve.get_color() for curve in curves}) == 6
+    assert len({to_hex(curve.get_color()) for curve in curves}) == 6
     assert dict(plt.rcParams) == before
 
 

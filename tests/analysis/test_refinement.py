@@ -126,8 +126,9 @@ def test_one_layer_is_adam_on_the_relative_error_behind_the_relu():
         loss.backward()
         adam.step()
     assert changed(state(converted(model, NAMES)), state(other))
-    for mine, theirs in zip(other.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    for (name, mine), theirs in zip(other.named_parameters(), twin.parameters(), strict=True):
+        # The gradient of the bias is nothing but rounding, which Adam divides by its size.
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-5 if name == "conv3.bias" else 1e-11)
 
 
 def test_later_layers_read_what_the_refined_ones_give():

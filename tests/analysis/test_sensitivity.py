@@ -222,8 +222,9 @@ def test_only_so_many_images_are_looked_at(monkeypatch):
     monkeypatch.setattr(sensitivity, "_IMAGES", 11)
     monkeypatch.setattr(sensitivity, "_PROBES", 7)
     measure_options(model, options_of(model), split(40), split(30), 0)
-    # Gradients of the probes, moments of the images (of both networks), classes of the probes.
-    assert set(seen) == {7, 11}
+    # Gradients of the probes, moments of the images (of both networks), classes of the probes; and a single image, by
+    # which the size of the maps is found.
+    assert set(seen) == {1, 7, 11}
 
 
 def test_the_choice_is_of_the_seed_and_the_network_is_left_as_it_was():

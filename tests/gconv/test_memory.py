@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gconv import GConv2d
+from gconv.functional import from_group_major
 from gconv.memory import forward_memory, training_memory
 
 few = settings(max_examples=20, deadline=None)
@@ -136,10 +137,10 @@ def test_a_group_convolution_holds_its_expanded_filter(on):
     s = layer.group.order
     expanded = 8 * 3 * s * 2 * s * 9
     output = 8 * 3 * s * 8 * 8
-    x = torch.randn(1, 2, s, 10, 10, dtype=torch.float64)
+    x = from_group_major(torch.randn(1, s * 2, 10, 10, dtype=torch.float64), s)  # as layers give maps: not copied
     # Gathered, then copied into the order of the convolution; or beside the output.
     assert forward_memory(layer.train(), x) == max(2 * expanded, expanded + output)
-    small = torch.randn(1, 2, s, 3, 3, dtype=torch.float64)
+    small = from_group_major(torch.randn(1, s * 2, 3, 3, dtype=torch.float64), s)
     assert forward_memory(layer, small) == 2 * expanded
 
 

@@ -136,7 +136,7 @@ def test_factorised_run_equals_one_convolution_with_the_dense_filter(form, case,
     rank = data.draw(ranks(form, shape))
     mix, spatial = drawn_factors(form, shape, rank)
     x = torch.randn(2, s * i, *(sampling.dilation * (k - 1) + e for e in extra), dtype=torch.float64)
-    bias = torch.randn(s * o, dtype=torch.float64) if data.draw(st.booleans()) else None
+    bias = torch.randn(o, dtype=torch.float64).repeat(s) if data.draw(st.booleans()) else None
     # [S, O, I, S, k, k], and both sides group-major, as the maps are.
     dense = expanded(form.name, on, mix, spatial).transpose(2, 3).reshape(s * o, s * i, k, k)
     for basis in (None, basis_of(on)) if "irrep" in form.executions else (None,):
