@@ -16,7 +16,7 @@ from gconv.modes import evaluating
 from gconv.recipe import Recipe
 from gconv.training import fit
 
-# Chosen on the validation part of rotmnist-regen; benchmarks/finetuning.py has what was compared.
+# Chosen on the validation part of rotmnist-regen; benchmarks/finetuning.py compares them with others.
 _LEARNING_RATE = 2e-2
 _BATCH_SIZE = 64
 TARGETS = ("scores", "layers")

@@ -8,7 +8,7 @@ A separable filter is bilinear in its factors, ``K[o, i, s, y] = sum_r W[o, i, r
 form, where the form says over which channels D is shared: J is quadratic in either factor while the other rests.
 Alternating least squares solves for one and the other in turn and never increases J. It starts from the plain SVD or
 from a whitened SVD (the closed form where M is a Kronecker product of a part over rows and a part over pixels),
-whichever is better after a few steps, or at the start where a layer is so large that more than a few are not done.
+whichever is better after a few steps.
 """
 
 from __future__ import annotations
@@ -91,8 +91,6 @@ def fit(
     plain = problem.split(weight, rank)  # first: it checks the rank and the weight
     steps = _rounds(form, rank, layer.filter_shape) if steps is None else steps
     starts = [plain, problem.split(_whitened(problem, rank), rank)]
-    if steps < _FIRST_STEPS:  # a large layer: there is no time to try both
-        starts = [min(starts, key=lambda start: problem.objective(problem.product(*start)))]
     runs = [problem.descend(*start, min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
     mix, spatial, more = problem.descend(mix, spatial, steps - len(history) + 1, tolerance)

@@ -148,7 +148,7 @@ def layer_shares(rows: Rows) -> Iterator[tuple[dict[str, Any], float, float]]:
 def _layer_bars(rows: Rows) -> str:
     def lines() -> Iterator[tuple[str, ...]]:
         for row, share, _ in layer_shares(rows):
-            limit = LAYER_BARS.get((row["group"], row["width"]))
+            limit = LAYER_BARS.get((row.get("group"), row.get("width")))
             if row["variant"] in ("gc", "gc_in") and limit is not None:
                 limit *= 1 if row["direction"] == "forward" else BACKWARD
                 holds = "yes" if share <= limit else "no"
@@ -235,14 +235,15 @@ def draw(folder: Path) -> Path:
                 label=kind if filled else None,
             )
     axis.plot([0.05, 1.2], [0.05, 1.2], color="0.4", lw=0.8, ls=":")
-    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+    axis.set(xscale="log", yscale="log")
     for scale in (axis.xaxis, axis.yaxis):
-        scale.axes.set(xscale="log", yscale="log")
         scale.set_major_locator(FixedLocator(ticks))
         scale.set_minor_locator(NullLocator())
         scale.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set(xlabel="MACs / those of the dense limit", ylabel="time / that of the dense limit", title="3x3 layers")
-    axis.legend(frameon=False, title="filled: forward; open: with backward", fontsize="small", title_fontsize="small")
+    title = "open: with backward"
+    axis.legend(frameon=False, loc="lower right", title=title, fontsize="small", title_fontsize="small")
     for axis, direction in zip(axes[1:], ("training", "inference"), strict=True):
         _network_bars(axis, rows, direction, colors)
     path = folder / FIGURE

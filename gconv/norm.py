@@ -59,7 +59,8 @@ class GroupBatchNorm2d(_BatchNorm):
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
         if not (x.is_contiguous() or is_channels_last(x)):
             x = x.contiguous()
-        y, mean, var, count = _Normalise.apply(x, weight, bias, order, self.eps, relu)
+        normalise = _normalise if torch.compiler.is_compiling() else _Normalise.apply
+        y, mean, var, count = normalise(x, weight, bias, order, self.eps, relu)
         if self.training and self.running_mean is not None:
             assert self.running_var is not None and self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
@@ -72,14 +73,27 @@ class GroupBatchNorm2d(_BatchNorm):
 def _is_slow_natively(x: Tensor) -> bool:
     """Whether PyTorch's kernel for maps with a group axis would copy this one first: the layers' are group-major.
 
-    Channels-last, on a CPU, it is many times slower besides.
+    Channels-last, on a CPU, it is many times slower besides; and compilers are told wrongly in which order the native
+    kernel leaves such a map.
     """
-    return type(x) is Tensor and not x.is_contiguous() and not torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or (type(x) is Tensor and not x.is_contiguous())
 
 
 def _precision(x: Tensor) -> torch.dtype:
     """Of the statistics, as PyTorch has it: its own, but for half-precision maps single."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What :class:`_Normalise` does in one process, in operations that compilers know and fuse."""
+    maps = x.unflatten(1, (order, -1))
+    var, mean = torch.var_mean(maps.to(_precision(x)), (0, 1, 3, 4), correction=0)
+    shape = (1, 1, -1, 1, 1)
+    y = (maps - mean.view(shape)) * (weight * (var + eps).rsqrt()).view(shape) + bias.view(shape)
+    y = y.to(x.dtype).flatten(1, 2)
+    return F.relu(y) if relu else y, mean.detach(), var.detach(), x.numel() // len(mean)
 
 
 class _Normalise(torch.autograd.Function):

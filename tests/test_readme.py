@@ -11,7 +11,7 @@ import pytest
 import analysis
 import gconv
 from analysis.screen import _change
-from benchmarks import conversion, plain_conversion, retraining
+from benchmarks import conversion, plain_conversion, retraining, speed, speed_report
 from gconv import experiments, runs, tables
 from gconv.catalog import table
 
@@ -52,6 +52,21 @@ def test_tables_are_made_from_the_records(name: str) -> None:
         assert MADE[name] in README
     else:
         assert name in ("recipes", "modern", "benchmarks.retraining")
+
+
+def test_the_table_of_speed_is_made_from_the_records() -> None:
+    assert speed_report.table(speed.RESULTS) in README
+    assert (speed.RESULTS / speed_report.FIGURE).exists()
+
+
+def test_what_the_wide_separable_resnet_takes() -> None:
+    net = gconv.create_model("gc-p4m-resnet44")
+    counted = gconv.cost(net, net.input_shape)
+    every = gconv.cost(net, net.input_shape, execution="irrep")
+    shown = [f"{count / 1e9:.2f} G" for count in (counted.macs_published, counted.macs_executed, every.macs_executed)]
+    first, second, third = shown
+    assert f"is charged {first} MACs in the published convention. As executed it takes {second}" in README
+    assert f'(`layer.execution = "irrep"`) {third}' in README
 
 
 def test_the_time_of_runs_at_once_is_that_of_the_record() -> None:

@@ -581,21 +581,7 @@ def test_a_large_layer_ends_early_and_says_how_early(form, monkeypatch):
     whole = fit(layer, form, 1, moments, tolerance=0.0).objective
     assert whole == fit(layer, form, 1, moments, steps=100, tolerance=0.0).objective
     monkeypatch.setattr(fitting, "ROUNDS_WORK", 1)
-    early = fit(layer, form, 1, moments, tolerance=0.0).objective
-    assert early == fit(layer, form, 1, moments, steps=3, tolerance=0.0).objective
-    assert len(early) == 4 < len(whole)
-
-
-@every_form
-def test_few_rounds_go_on_from_the_better_start(form):
-    torch.manual_seed(0)
-    layer = GConv2d(3, 2, 3, group="p4", dtype=torch.float64)
-    patches = patches_for(layer)
-    moments = moments_of(patches, outputs_for(layer, patches, noise=0.5))
-    starts = fit(layer, form, 1, moments, steps=0).objective[0]
-    both = fit(layer, form, 1, moments, steps=20, tolerance=0.0).objective[0]
-    assert starts <= both  # the one that was better after five rounds need not have been at first
-    assert fit(layer, form, 1, moments, steps=3, tolerance=0.0).objective[0] == starts
+    assert fit(layer, form, 1, moments, tolerance=0.0).objective == whole[:4]
 
 
 def test_the_networks_of_the_paper_have_all_rounds_but_for_wide_resnets():
