@@ -66,7 +66,7 @@ def test_what_the_wide_separable_resnet_takes() -> None:
     shown = [f"{count / 1e9:.2f} G" for count in (counted.macs_published, counted.macs_executed, every.macs_executed)]
     first, second, third = shown
     assert f"is charged {first} MACs in the published convention. As executed it takes {second}" in README
-    assert f'(`layer.execution = "irrep"`) {third}' in README
+    assert f'(`layer.execution = "irrep"`) it is {third}' in README
 
 
 def test_the_time_of_runs_at_once_is_that_of_the_record() -> None:
