@@ -37,7 +37,7 @@ PROG = "python -m benchmarks.retraining"
 RECORDS = Path(__file__).parent / "records" / "retraining"
 WORK = Path("out") / "retraining"
 DATA, FORM, EPOCHS = "rotmnist-regen", "gc_in", 25
-WEIGHTS = (0.0, 0.1, 1.0)
+WEIGHTS = (0.0, 1.0, 0.1)
 STAGES = ("full", "converted", "batch_norm", "retrained")
 
 
@@ -56,8 +56,9 @@ class Run:
         return RECORDS / f"{FORM}_separability{self.separability:g}{taught}_seed{self.seed}.json"
 
 
-RUNS = tuple(
-    run for seed in range(3) for run in (*(Run(seed, weight) for weight in WEIGHTS), Run(seed, distilled=True))
+RUNS = (
+    *(Run(seed, distilled=distilled) for seed in range(3) for distilled in (False, True)),
+    *(Run(seed, weight) for weight in WEIGHTS[1:] for seed in range(3)),
 )
 
 

@@ -31,7 +31,7 @@ EXPERIMENTS: dict[str, Callable[[str, int], list[Run]]] = {
         for model in ("z2cnn", "p4cnn", "gc-p4cnn")
     ],
     "recipes": lambda data, seeds: [
-        Run("p4cnn", seed, data, recipe=recipe, epochs=30, held_out=True)
+        Run("p4cnn", seed, data, recipe=recipe, epochs=20, held_out=True)
         for seed in range(seeds)
         for recipe in INGREDIENTS
     ],
