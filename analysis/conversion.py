@@ -171,7 +171,9 @@ class _Job:
             report.layers.append(row)
         converted = any(row.form is not None for row in report.layers)
         if not converted:
-            report.notes.append("nothing was converted, the layers are as given; a lower budget or one form may")
+            separable = all(isinstance(layer, SeparableGConv2d) for layer in request.layers.values())
+            what = "separable already and stay as given" if separable else "as given"
+            report.notes.append(f"nothing was converted, the layers are {what}; accepted: a lower budget, or one form")
         report.measure_output(request.before, after, request.size, request.seed)
         if final != "converted":
             score(report, "converted", after, request.validation, request.test)

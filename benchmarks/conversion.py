@@ -82,7 +82,8 @@ RUNS = (
     *(Run(HELD_OUT[0], method, "params", 8910, EPOCHS) for method in ("svd g", "svd gc", "tucker", "cp")),
     *(Run(P4M, method, "params", b, EPOCHS) for b in (0.15, 0.4) for method in ("ours", "svd gc", "tucker", "cp")),
     *(Run(HELD_OUT[0], method, "params", b) for b in (0.28, 0.45) for method in ("svd gc", "tucker", "cp")),
-    *(Run(HELD_OUT[0], m, "macs", b) for b in (0.19, 0.3) for m in ("ours", "svd gc", "tucker", "cp")),
+    *(Run(HELD_OUT[0], m, "macs", 0.3, EPOCHS) for m in ("ours", "svd gc", "tucker", "cp")),
+    *(Run(HELD_OUT[0], m, "macs", 0.19) for m in ("ours", "svd gc", "tucker", "cp")),
     *(Run(WIDE, method, "params", 24640) for method in ("svd gc", "tucker", "cp")),
 )
 

@@ -57,8 +57,16 @@ class Run:
 
 
 RUNS = (
-    *(Run(seed, distilled=distilled) for seed in range(3) for distilled in (False, True)),
-    *(Run(seed, weight) for weight in WEIGHTS[1:] for seed in range(3)),
+    *(
+        run
+        for some in ((0, 1), (2,))
+        for run in (
+            *(Run(seed) for seed in some),
+            *(Run(seed, WEIGHTS[1]) for seed in some),
+            *(Run(seed, distilled=True) for seed in some),
+        )
+    ),
+    *(Run(seed, WEIGHTS[2]) for seed in range(3)),
 )
 
 

@@ -39,12 +39,13 @@ def peers(like: gconv.Model) -> dict[str, nn.Module]:
 
 
 def exported(networks: dict[str, nn.Module], order: int) -> dict[str, nn.Module]:
-    """In eval mode, with what there is for inference only: fused, and exported from escnn."""
+    """In eval mode, with what there is for inference only: fused, and exported to ordinary layers."""
     networks = {name: network.eval() for name, network in networks.items()}
     more: dict[str, nn.Module] = {}
     for name, network in networks.items():
         if isinstance(network, gconv.Model):
             more[f"{name}, fused"] = gconv.fuse(network)
+            more[f"{name}, exported"] = gconv.to_plain(network)
         elif name == "escnn":
             more["escnn, exported"] = escnn_exported(network, order)
     return networks | more

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
-from .functional import Sampling, Tables, expand, from_group_major, to_group_major
+from .functional import Sampling, Tables, expand, from_group_major, lies_channels_last, to_group_major
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of
@@ -32,17 +32,17 @@ class _Prepared(NamedTuple):
 
 
 class _Cache(NamedTuple):
-    """What was prepared, and from what: the execution and copies of the parameters."""
+    """What was prepared, and from what: how the layer runs, and copies of the parameters."""
 
-    execution: Execution
+    how: tuple[Execution, bool]
     parameters: list[Tensor]
     prepared: _Prepared
 
-    def is_of(self, execution: Execution, parameters: list[Tensor]) -> bool:
+    def is_of(self, how: tuple[Execution, bool], parameters: list[Tensor]) -> bool:
         """Whether these are still the same, by value: no version counter sees every way to change a parameter."""
         pairs = zip(parameters, self.parameters, strict=False)
         return (
-            execution == self.execution
+            how == self.how
             and len(parameters) == len(self.parameters)
             and all(new.dtype == old.dtype and torch.equal(new, old) for new, old in pairs)
         )
@@ -165,32 +165,38 @@ class _GroupConv(nn.Module, ABC):
         return from_group_major(self._run(x, self._prepared(x)), self.group.order)
 
     @abstractmethod
-    def _new_filters(self) -> tuple[Any, ...]:
-        """The filters of the convolutions, from the parameters."""
+    def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
+        """The filters of the convolutions, from the parameters; for maps in that memory format."""
+
+    def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
+        """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
+        return expand(weight, self._expansion, group_major=True, channels_last=channels_last)
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
         (weight,) = prepared.filters
         return F.conv2d(x, weight, prepared.bias, *self.sampling)
 
-    def _prepare(self) -> _Prepared:
+    def _prepare(self, channels_last: bool) -> _Prepared:
         bias = None if self.bias is None else self.bias.repeat(self.group.order)
-        return _Prepared(self._new_filters(), bias)
+        return _Prepared(self._new_filters(channels_last), bias)
 
     def _prepared(self, x: Tensor) -> _Prepared:
         """What runs on this input, made anew or kept from before."""
+        last = lies_channels_last(x)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return self._prepare()
+            return self._prepare(last)
         parameters = [p for p in (getattr(self, name) for name in (*self._factors, "bias")) if p is not None]
         # Tensors of other types stand in for the layer's own: of functional calls, parametrisations, tracers.
         plain = type(x) is Tensor and all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)
         # Autocast may round what is prepared.
         if not plain or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             self._cache = None
-            return self._prepare()
+            return self._prepare(last)
         cache = self._cache  # read once: another thread may replace it
-        if cache is None or not cache.is_of(self.execution, parameters):
-            cache = _Cache(self.execution, [p.detach().clone() for p in parameters], self._prepare())
+        how = self.execution, last
+        if cache is None or not cache.is_of(how, parameters):
+            cache = _Cache(how, [p.detach().clone() for p in parameters], self._prepare(last))
             self._cache = cache
         return cache.prepared
 
@@ -243,8 +249,8 @@ class _FullConv(_GroupConv):
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_shared()
 
-    def _new_filters(self) -> tuple[Any, ...]:
-        return (expand(self.weight, self._expansion, group_major=True),)
+    def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
+        return (self._expanded(self.weight, channels_last),)
 
 
 class LiftingConv2d(_FullConv):
@@ -368,9 +374,9 @@ class SeparableGConv2d(_GroupConv):
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
 
-    def _new_filters(self) -> tuple[Any, ...]:
+    def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
         if self.execution == "dense":
-            return (expand(self.weight, self._expansion, group_major=True),)
+            return (self._expanded(self.weight, channels_last),)
         return self.form.filters(self.mix, self.spatial, self.tables, self._basis_for(self.execution))
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:

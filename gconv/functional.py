@@ -46,13 +46,14 @@ class Sampling(NamedTuple):
     dilation: int = 1
 
 
-def expand(weight: Tensor, expansion: Tensor, *, group_major: bool = False) -> Tensor:
+def expand(weight: Tensor, expansion: Tensor, *, group_major: bool = False, channels_last: bool = False) -> Tensor:
     """The dense filter of a generator: ``K_s[o, i, s', y] = K[o, i, s^-1 s', s^-1 y]``.
 
     Args:
         weight: generator ``[O, I, S_in, k, k]``.
         expansion: the index table of that name in :class:`Tables`.
         group_major: the order of channels, on both sides.
+        channels_last: the memory format of the result.
 
     Returns:
         ``[O S, I S_in, k, k]``, a filter for an ordinary convolution over a planar layout.
@@ -60,8 +61,11 @@ def expand(weight: Tensor, expansion: Tensor, *, group_major: bool = False) -> T
     o, i, s_in, k, _ = weight.shape
     s = expansion.numel() // (s_in * k * k)
     expanded = weight.reshape(o * i, s_in * k * k).index_select(1, expansion)
-    axes = (2, 0, 3, 1, 4, 5) if group_major else (0, 2, 1, 3, 4, 5)
-    return expanded.view(o, i, s, s_in, k, k).permute(axes).reshape(o * s, i * s_in, k, k)
+    out, into = ((2, 0), (3, 1)) if group_major else ((0, 2), (1, 3))
+    expanded = expanded.view(o, i, s, s_in, k, k)
+    if channels_last:
+        return expanded.permute(*out, 4, 5, *into).reshape(o * s, k, k, i * s_in).permute(0, 3, 1, 2)
+    return expanded.permute(*out, *into, 4, 5).reshape(o * s, i * s_in, k, k)
 
 
 def to_planar(x: Tensor) -> Tensor:
@@ -71,17 +75,27 @@ def to_planar(x: Tensor) -> Tensor:
 
 def to_group_major(x: Tensor) -> Tensor:
     """``[N, C, S, H, W]`` to group-major ``[N, S C, H, W]``: a view, if a layer gave it. Planar maps pass through."""
-    return x.transpose(1, 2).flatten(1, 2) if x.dim() == 5 else x
+    if x.dim() == 4:
+        return x
+    if x.stride(1) == 1:  # channels-last, and the view of a single image is to keep the stride that tells so
+        return x.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
+    return x.transpose(1, 2).flatten(1, 2)
 
 
 def from_group_major(x: Tensor, order: int) -> Tensor:
     """Group-major ``[N, S C, H, W]`` as ``[N, C, S, H, W]``, a view."""
-    return x.unflatten(1, (order, -1)).transpose(1, 2)
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).view(n, h, w, order, c // order).permute(0, 4, 3, 1, 2)
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether a planar map lies in memory channels-last and in no other order (one pixel or channel is both)."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def lies_channels_last(x: Tensor) -> bool:
+    """The same, where a map of one channel or pixel counts by its strides."""
+    return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def channels_last(x: Tensor) -> Tensor:

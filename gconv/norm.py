@@ -99,26 +99,24 @@ def _normalise(
 class _Normalise(torch.autograd.Function):
     """Batch norm of group-major ``[N, S C, H, W]``, and ReLU if asked; S maps, and all processes, share statistics.
 
-    On a CPU the time goes into passes over the maps, so there are as few as PyTorch's operations allow. Sums over
-    pixels are matrix products, which read the maps as fast as memory gives them.
+    On a CPU the time goes into passes over the maps, and into new memory for them, so there is as little of both as
+    PyTorch's operations allow.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         mean, var, count = _statistics(x, order)
         if count <= 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-        per_map = (value.repeat(order) for value in (weight, bias, mean, var))
-        y = _aten.native_batch_norm(x, *per_map, False, 0.0, eps)[0]
+        y = _aten.native_batch_norm(x, *_of_maps((weight, bias, mean, var), order), False, 0.0, eps)[0]
         if relu:
             y.relu_()
         ctx.save_for_backward(x, weight, bias, mean, var, y if relu else None)
         ctx.order, ctx.eps, ctx.count = order, eps, count
-        total = mean.new_tensor(count)
-        ctx.mark_non_differentiable(mean, var, total)
-        return y, mean, var, total
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -132,72 +130,60 @@ class _Normalise(torch.autograd.Function):
             needed = [value for value in (x, weight, bias) if value.requires_grad]
             found = iter(torch.autograd.grad(again, needed, from_group_major(grad, order), create_graph=True))
             return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None, None, None
-        rows = _Rows(x, order)
         grad = grad if y is None else _aten.threshold_backward(grad, y, 0)
-        flat, above = (rows.of(value).to(mean.dtype) for value in (x, grad))
-        inverse = (var + eps).rsqrt()
-        # A mean far from zero would leave nothing of the sum of products but rounding.
-        far = bool(((mean * inverse).abs() > _FAR).any())
-        product = (flat - rows.columns(mean)).mul_(above) if far else flat * above
-        db, dw = rows.sums(above), rows.sums(product)
-        dw = (dw if far else dw - mean * db) * inverse
-        all_db, all_dw = sum_over_processes(torch.stack((db, dw)))
+        dw, db = sums = _sums(grad, x, mean, var, order, eps)
+        total = sum_over_processes(sums.clone())
         # As if mean and variance were constants, and then what depends on x through them: a line in x for each map.
+        inverse = (var + eps).rsqrt()
         factor = weight * inverse
-        slope = -factor * inverse * all_dw / count
-        offset = -factor * all_db / count - slope * mean
-        scale, slope, offset = (rows.columns(value) for value in (factor, slope, offset))
-        dx = torch.empty_like(x)
-        torch.addcmul(torch.addcmul(offset, flat, slope, out=product), above, scale, out=rows.of(dx))
+        slope, offset = (total * (factor / -count)).to(mean.dtype)
+        slope = slope * inverse
+        offset = torch.addcmul(offset, slope, mean, value=-1)
+        zero, one = torch.zeros_like(var), torch.ones_like(var)
+        *line, factor = _of_maps((slope, offset, zero, one, factor), order)
+        dx = _aten.native_batch_norm(x, *line, False, 0.0, 0.0)[0]
+        dx.addcmul_(grad, factor.to(x.dtype).view(1, -1, 1, 1))
         return dx, dw.to(weight.dtype), db.to(bias.dtype), None, None, None
 
-
-_FAR = 16
-"""Standard deviations."""
 
 _CHUNK = 1 << 14
 """Values of a map that are summed in one go: the kernels add up in single precision, one after the other."""
 
 
-class _Rows:
-    """Planar maps as matrices: each row has a line of pixels with all channels of each, if they lie so in memory, else
-    all pixels of all channels."""
+def _of_maps(values: tuple[Tensor, ...], order: int) -> tuple[Tensor, ...]:
+    """What the channels have, for each of their S maps."""
+    return torch.stack(values).repeat(1, order).unbind()
 
-    def __init__(self, x: Tensor, order: int) -> None:
-        _, maps, height, width = x.shape
-        self.order, self.channels = order, maps // order
-        self.last = is_channels_last(x)
-        self.pixels = width if self.last else height * width
 
-    def of(self, x: Tensor) -> Tensor:
-        """The matrix ``[rows, columns]``; a view, if the memory format is that of the maps given first."""
-        return (x.permute(0, 2, 3, 1) if self.last else x).reshape(-1, self.channels * self.order * self.pixels)
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(max(1, _CHUNK // (x.shape[2] * x.shape[3])))
 
-    def columns(self, values: Tensor) -> Tensor:
-        """The value of each column's channel."""
-        if self.last:
-            return values.repeat(self.order * self.pixels)
-        return values.repeat_interleave(self.pixels).repeat(self.order)
 
-    def sums(self, rows: Tensor) -> Tensor:
-        """Of each channel, over all rows."""
-        total = rows.new_ones(len(rows)) @ rows
-        if self.last:
-            return total.view(-1, self.channels).sum(0)
-        return total.view(self.order, self.channels, self.pixels).sum((0, 2))
+def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, order: int, eps: float) -> Tensor:
+    """The gradients of weight and bias, ``[2, C]`` in double precision: sums over the S maps of every channel."""
+    statistics = _of_maps((mean, var), order)
+    found = [
+        _aten.native_batch_norm_backward(*parts, None, *statistics, None, None, False, eps, (False, True, True))[1:]
+        for parts in zip(_chunks(grad), _chunks(x), strict=True)
+    ]
+    both = torch.cat([torch.cat(sums) for sums in zip(*found, strict=True)])
+    return both.view(2, -1, x.shape[1] // order).sum(1, dtype=torch.float64)
 
 
 def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
     """Mean and variance (of n, not n - 1) of the S maps of every channel over all processes, and the count n."""
-    n, height, width = len(x), *x.shape[2:]
-    parts = x.split(max(1, _CHUNK // (height * width)))
+    n, _, height, width = x.shape
+    parts = _chunks(x)
     found = [_aten.batch_norm_update_stats(part.to(_precision(x)), None, None, 0.0) for part in parts]
-    means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
-    share = torch.tensor([len(part) / n for part in parts], dtype=torch.float64, device=x.device)[:, None]
-    # Of the chunks and of the S maps, then of the processes; by way of the second moment about a common point.
+    # One row for each chunk and element, with the share of the whole that it is of.
+    channels = x.shape[1] // order
+    means, variances = (torch.cat(values).view(-1, channels).double() for values in zip(*found, strict=True))
+    shares = [len(part) / (n * order) for part in parts for _ in range(order)]
+    share = torch.tensor(shares, dtype=means.dtype, device=means.device)
+    # By way of the second moment about a common point.
+    mean = share @ means
+    second = share @ (variances + (means - mean).square())
     count = n * order * height * width
-    mean = (share * means).sum(0).view(order, -1).mean(0)
-    second = (share * (variances + (means - mean.repeat(order)).square())).sum(0).view(order, -1).mean(0)
     if processes() > 1:
         size = torch.tensor(count, dtype=torch.float64, device=x.device)
         total = sum_over_processes(size.clone())

@@ -134,9 +134,10 @@ def _channel_major(step: Convolution, order: int) -> Convolution:
 def _conv2d(step: Convolution, bias: Tensor | None) -> nn.Conv2d:
     filter, groups, sampling = step
     o, i, k, _ = filter.shape
-    # Made without memory and without random numbers; the parameters are clones, as a filter may be a view of more.
+    # Made without memory and without random numbers; the parameters are clones, as a filter may be a view of more, in
+    # the memory format of the maps.
     conv = nn.Conv2d(i * groups, o, k, *sampling, groups=groups, bias=bias is not None, device="meta")
-    conv.weight = nn.Parameter(filter.clone(memory_format=torch.contiguous_format))
+    conv.weight = nn.Parameter(filter.clone(memory_format=torch.channels_last))
     if bias is not None:
         conv.bias = nn.Parameter(bias)
     return conv

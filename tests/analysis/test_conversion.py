@@ -387,6 +387,7 @@ def test_what_already_fits_the_budget_is_left_alone(form, budget):
     again, done = convert(converted, form, **budget)
     assert same(again, converted)
     assert [(row.form, row.why) for row in done.layers] == [(None, f"already {form} of rank 2")] * 6
+    assert any("separable already" in note for note in done.notes)
 
 
 @pytest.mark.parametrize("there", FORMS)
