@@ -70,7 +70,6 @@ class Run:
 RUNS = (
     *(Run(seed, way) for way in ("default", "averaged") for seed in range(3)),
     *(Run(0, way) for way in WAYS if way not in ("default", "averaged")),
-    *(Run(seed, way) for way in ("averaged, teacher alone", "averaged, twice the rate") for seed in (1, 2)),
     *(Run(0, epochs=epochs) for epochs in (20, 5, 40)),
 )
 
