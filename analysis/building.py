@@ -10,7 +10,7 @@ from torch import nn
 
 from gconv.conv import SeparableGConv2d
 from gconv.cost import cost
-from gconv.separable import FORMS
+from gconv.separable import FORMS, Execution
 
 from .allocation import Choice
 from .batchnorm import reestimate_batchnorm
@@ -64,6 +64,7 @@ def build(request: Request, plan: Plan) -> Built:
     images = train[order[: min(_IMAGES, max(1, _IMAGES_WORK // macs))]]
     some = images[: min(_WEIGHT_IMAGES, max(1, _WEIGHT_WORK // macs))]
     weights = channel_weights(request.before, names, some, seed=request.seed)
+    executions: dict[str, Execution] = {}
     # Inputs, outputs, and batch norm thereafter.
     number = max(1, min(_PASSES, _PASSES_WORK // (3 * macs * len(images))))
     for group in passes(request.before, names, -(-len(names) // number)):
@@ -72,14 +73,19 @@ def build(request: Request, plan: Plan) -> Built:
             layer, (form, rank, execution) = layers[name], _settings(request, plan[name])
             fitted = fit(layer, FORMS[form], rank, moments.pop(name), weights=weights[name])
             built.errors[name] = fitted.error
-            after.set_submodule(
-                name,
-                SeparableGConv2d.from_factors(layer, form, fitted.mix, fitted.spatial, fitted.bias, execution),
-            )
+            new = SeparableGConv2d.from_factors(layer, form, fitted.mix, fitted.spatial, fitted.bias, execution)
+            executions[name] = new.execution
+            if "irrep" not in new.form.executions:
+                new.execution = "dense"  # in here: the maps that the other forms make are many times larger
+            after.set_submodule(name, new)
         reestimate_batchnorm(after, images[:_BATCHNORM_IMAGES])
     together = macs + cost(after, request.size).macs_executed
     built.refinement_steps = refinement_steps(len(names), together, len(train))
     refine(request.before, after, names, train, built.refinement_steps, seed=request.seed)
+    for name, as_planned in executions.items():
+        done = after.get_submodule(name)
+        assert isinstance(done, SeparableGConv2d)
+        done.execution = as_planned
     return built
 
 

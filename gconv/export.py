@@ -179,7 +179,8 @@ def _program(plain: nn.Module, images: Tensor) -> ExportedProgram:
     """The program of ``torch.export``, for any number of images."""
     import torch
 
-    plain = plain.to(memory_format=torch.contiguous_format)  # weights of another would be saved with a warning
+    # Weights in another memory format would be saved with a warning.
+    plain = plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     program = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names folders of this machine
