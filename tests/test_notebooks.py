@@ -97,7 +97,7 @@ class TestStored:
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
         for cell in cells:
             assert {output.output_type for output in cell.outputs} <= {"display_data", "execute_result"}
-        assert sum("image/png" in output.data for cell in cells for output in cell.outputs) >= 4
+        assert sum("image/png" in output.data for cell in cells for output in cell.outputs) >= 5
 
     def test_it_has_no_logic_of_its_own(self, path):
         for cell in code(read(path)):
