@@ -91,9 +91,7 @@ def fit(
     plain = problem.split(weight, rank)  # first: it checks the rank and the weight
     steps = _rounds(form, rank, layer.filter_shape) if steps is None else steps
     starts = [plain, problem.split(_whitened(problem, rank), rank)]
-    # Where a round takes long, the starts are compared as they are.
-    first = 0 if steps <= _ROUNDS[0] else min(steps, _FIRST_STEPS)
-    runs = [problem.descend(*start, first, tolerance) for start in starts]
+    runs = [problem.descend(*start, min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
     mix, spatial, more = problem.descend(mix, spatial, steps - len(history) + 1, tolerance)
     filter_ = problem.unframe(problem.product(mix, spatial))
