@@ -83,10 +83,9 @@ def test_the_recipe_is_the_published_one(path):
 @every_checkpoint
 def test_the_history_is_whole(path):
     history = read(path).record["history"]
-    epochs, decay = recipe(path).epochs, recipe(path).decay_epoch
-    assert [row["epoch"] for row in history] == list(range(1, epochs + 1))
-    if path.stem not in MODERN:
-        assert [row["learning_rate"] for row in history] == pytest.approx([1e-2] * decay + [1e-3] * (epochs - decay))
+    epochs = range(recipe(path).epochs)
+    assert [row["epoch"] for row in history] == [epoch + 1 for epoch in epochs]
+    assert [row["learning_rate"] for row in history] == pytest.approx([recipe(path).rate(epoch) for epoch in epochs])
     assert all(("validation_error" in row) == (path.stem not in ON_EVERYTHING) for row in history)
     assert all(math.isfinite(row["train_loss"]) and 0 <= row["train_error"] <= 100 for row in history)
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 50

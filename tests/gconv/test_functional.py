@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gconv import GROUPS, InputError, act, gconv2d, group
-from gconv.functional import Sampling, Tables, expand, from_group_major, relu, to_group_major, to_planar
+from gconv.functional import (
+    Sampling,
+    Tables,
+    expand,
+    from_group_major,
+    is_channels_last,
+    relu,
+    to_group_major,
+    to_planar,
+)
 
 PICTURE = torch.arange(9).view(3, 3)
 
@@ -143,3 +152,19 @@ def test_relu_is_in_place_where_no_gradient_is_needed():
         y = relu(x.detach())
     assert y.data_ptr() == x.data_ptr()
     assert x.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("group_major", [False, True])
+def test_an_expanded_filter_has_the_same_values_in_both_memory_formats(group_major):
+    weight = torch.randn(2, 3, 4, 3, 3)
+    expansion = Tables.build(group("p4"), 3).expansion
+    plain = expand(weight, expansion, group_major=group_major)
+    last = expand(weight, expansion, group_major=group_major, channels_last=True)
+    assert last.equal(plain)
+    assert plain.is_contiguous() and is_channels_last(last)
+
+
+def test_the_view_of_a_single_image_stays_channels_last():
+    planar = torch.randn(1, 12, 5, 5).contiguous(memory_format=torch.channels_last)
+    again = to_group_major(from_group_major(planar, 4))
+    assert again.equal(planar) and again.stride() == planar.stride() and again.data_ptr() == planar.data_ptr()
