@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gconv.conv import SeparableGConv2d
+from gconv.memory import keep_usual_blocks
 from gconv.modes import evaluating
 from gconv.separable import Execution
 
 BATCH = 16
-_ROUNDS = 15
+_ROUNDS = 30
 _SECONDS = 3.0
 _LAYER_SECONDS = 0.1
 _MARGIN = 0.97  # a layer leaves the dense execution only for one that is faster beyond noise
@@ -27,6 +28,7 @@ def medians(
     runs: Sequence[Callable[[], object]], *, rounds: int = _ROUNDS, seconds: float = _SECONDS, cuda: bool = False
 ) -> tuple[list[float], int]:
     """Median milliseconds of each, taking turns so that a drift of the machine's speed hits all; and the rounds."""
+    keep_usual_blocks()  # as a process has that loads a network by gconv.load, whatever this one did before
     times: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     for turn in range(rounds + 1):

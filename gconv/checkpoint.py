@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .conv import GConv2d, SeparableGConv2d
 from .errors import InputError
 from .files import atomic_path
+from .memory import keep_usual_blocks
 from .models import Model, ModelSpec, build_model
 
 FORMAT = "gconv-checkpoint"
@@ -86,11 +87,12 @@ def _stored(tensor: Tensor, half: bool) -> Tensor:
 
 
 def load(path: str | Path) -> Model:
-    """The network in a checkpoint file, on the CPU and in eval mode.
+    """The network in a checkpoint file, on the CPU and in eval mode, ready to run at its full speed.
 
     Raises:
         InputError: as :func:`read`.
     """
+    keep_usual_blocks()
     return read(path).model
 
 

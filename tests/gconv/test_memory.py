@@ -1,6 +1,10 @@
 """The peak memory of a pass against sums done by hand."""
 
 import itertools
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +203,28 @@ def test_gradients_count_and_are_left_on_the_model():
     assert training_memory(model, images) == first
     model.weight.requires_grad_(False)
     assert training_memory(model, images) < 500
+
+
+FAULTS = """
+import resource, torch
+from gconv import checkpoint
+model, images = checkpoint.{load}, torch.rand(16, 1, 28, 28)
+def faults(passes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(passes):
+        model(images)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with torch.inference_mode():
+    faults(10)
+    print(faults(10))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps memory")
+def test_a_network_that_was_loaded_runs_without_page_faults():
+    path = Path(__file__).parents[2] / "checkpoints" / "p4cnn-w30-rotmnist-regen.pt"
+    new, loaded = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(load=load)], capture_output=True, check=True).stdout)
+        for load in (f"read({str(path)!r}).model", f"load({str(path)!r})")
+    )
+    assert new > 5000 and loaded < new / 10
