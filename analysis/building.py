@@ -26,7 +26,7 @@ _WEIGHT_IMAGES = 512  # for what an error in each channel costs
 _WEIGHT_WORK = 4 * 10**11  # likewise
 _BATCHNORM_IMAGES = 2000  # between the layers; at the end all
 _PASSES = 8  # at most so many groups of layers are fitted one after the other
-_PASSES_WORK = 10**13  # multiply-accumulates of their forward passes together; large networks take fewer groups
+_PASSES_WORK = 5 * 10**12  # multiply-accumulates of their forward passes together; large networks take fewer groups
 
 Plan = dict[str, Choice]
 

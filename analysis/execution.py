@@ -18,7 +18,9 @@ from gconv.modes import evaluating
 from gconv.separable import Execution
 
 BATCH = 16
-_ROUNDS = 30
+_ROUNDS = 15
+BUDGET_ROUNDS = 100
+"""Of :func:`latency`, as far as the time goes, where a budget is to be kept: a few rounds tell it to some 5 % only."""
 _SECONDS = 3.0
 _LAYER_SECONDS = 0.1
 _MARGIN = 0.97  # a layer leaves the dense execution only for one that is faster beyond noise
@@ -59,14 +61,14 @@ def _processor() -> str:
     return name or platform.processor() or platform.machine()
 
 
-def latency(before: nn.Module, after: nn.Module, images: Tensor) -> dict[str, Any]:
+def latency(before: nn.Module, after: nn.Module, images: Tensor, *, rounds: int = _ROUNDS) -> dict[str, Any]:
     """Median forward times of two networks in eval mode, and with what they were measured."""
     with torch.inference_mode():
-        times, rounds = medians([lambda: before(images), lambda: after(images)], cuda=images.is_cuda)
+        times, done = medians([lambda: before(images), lambda: after(images)], rounds=rounds, cuda=images.is_cuda)
     return {
         "milliseconds": [round(value, 3) for value in times],
         "batch": len(images),
-        "rounds": rounds,
+        "rounds": done,
         "machine": machine(images.device),
         "threads": torch.get_num_threads(),
     }

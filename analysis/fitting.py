@@ -8,12 +8,15 @@ A separable filter is bilinear in its factors, ``K[o, i, s, y] = sum_r W[o, i, r
 form, where the form says over which channels D is shared: J is quadratic in either factor while the other rests.
 Alternating least squares solves for one and the other in turn and never increases J. It starts from the plain SVD or
 from a whitened SVD (the closed form where M is a Kronecker product of a part over rows and a part over pixels),
-whichever is better after a few steps.
+whichever is better after a few steps. In a large layer a least-squares problem is not solved to the end but improved by
+a few conjugate gradients: these need products with M alone, not the normal equations, and never increase J either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ _FIRST_STEPS = 5  # before one of the two starts is dropped
 ROUNDS_WORK = 2 * 10**10
 """Multiply-accumulates of the default number of rounds. The first rounds gain the most, so large layers end early."""
 _ROUNDS = (3, 100)  # at least and at most
+_GRADIENTS = 10  # conjugate ones, in place of normal equations that would be more work
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ def fit(
     weight = layer.weight.detach().double()
     problem = _Problem(layer, form, moments, prior, weights)
     plain = problem.split(weight, rank)  # first: it checks the rank and the weight
-    steps = _rounds(form, rank, layer.filter_shape) if steps is None else steps
+    work, problem.direct = _work(form, rank, layer.filter_shape)
+    if steps is None:
+        least, most = _ROUNDS
+        steps = max(least, min(most, ROUNDS_WORK // work))
     starts = [plain, problem.split(_whitened(problem, rank), rank)]
     runs = [problem.descend(*start, min(steps, _FIRST_STEPS), tolerance) for start in starts]
     mix, spatial, history = min(runs, key=lambda run: run[2][-1])
@@ -102,13 +109,15 @@ def fit(
     return Fit(*factors, bias, relative_error(flat, moments), (*history, *more[1:]))
 
 
-def _rounds(form: Form, rank: int, shape: FilterShape) -> int:
-    """How many rounds are done within :data:`ROUNDS_WORK`: normal equations and Cholesky factors, for each output."""
+def _work(form: Form, rank: int, shape: FilterShape) -> tuple[int, bool]:
+    """Multiply-accumulates of a round, and whether it solves normal equations: where all rounds of it can be done."""
     o, i, s, k = shape
     mix, spatial = i * rank * s, (1 if form.planar_axes == "o" else i) * rank * k * k
-    work = 2 * (i * rank * s * k * k) ** 2 + (mix**3 + spatial**3) // 3
-    least, most = _ROUNDS
-    return max(least, min(most, ROUNDS_WORK // (work * (1 if form.planar_axes == "i" else o))))
+    problems = 1 if form.planar_axes == "i" else o
+    direct = problems * (2 * (i * rank * s * k * k) ** 2 + (mix**3 + spatial**3) // 3)
+    gradients = 2 * _GRADIENTS * o * (i * s * k * k) ** 2
+    solved = direct <= max(gradients, ROUNDS_WORK // _ROUNDS[1])
+    return (direct if solved else gradients), solved
 
 
 def relative_error(generator: Tensor, moments: Moments) -> float:
@@ -128,7 +137,12 @@ class _Problem:
     """J in the frame of a form, its prior included, and the two least-squares steps.
 
     In the frame a filter is ``[O, I, S, Y]``, Y = k k; W is ``[O, I, R, S]`` and D ``[O or 1, I or 1, R, Y]``.
+
+    Attributes:
+        direct: solve the least-squares problems by their normal equations, not by some conjugate gradients.
     """
+
+    direct = True
 
     def __init__(
         self, layer: GConv2d | SeparableGConv2d, form: Form, moments: Moments, prior: float, weights: Tensor | None
@@ -151,10 +165,15 @@ class _Problem:
         second = moments.second[self.order][:, self.order].clone()
         second.diagonal().add_(ridge)
         self.second = second
-        self.by_channels = second.view(i, s, -1, i, s, k * k).permute(0, 3, 1, 4, 2, 5).reshape(i, i, s * s, -1)
         self.weight = self.frame(weight)
         self.cross = moments.cross[:, self.order].view(o, i, s, -1) + ridge * self.weight
         self.power = power
+
+    @cached_property
+    def by_channels(self) -> Tensor:
+        """M as ``[I, I, S S, Y Y]``."""
+        i, s, y = self.sizes
+        return self.second.view(i, s, y, i, s, y).permute(0, 3, 1, 4, 2, 5).reshape(i, i, s * s, -1)
 
     def frame(self, weight: Tensor) -> Tensor:
         """``[O, I, S, k, k]`` to ``[O, I, S, Y]`` in the form's frame."""
@@ -188,8 +207,13 @@ class _Problem:
         """Alternate at most ``steps`` times; W, D and the objective at the start and after every round."""
         history = [self.objective(self.product(w, d))]
         for _ in range(steps):
-            d_new = self.solve_spatial(w)
-            w_new, d_new = self.balance(self.solve_mix(d_new), d_new)
+            if self.direct:
+                d_new = self.solve_spatial(w)
+                w_new = self.solve_mix(d_new)
+            else:
+                d_new = self.improve_spatial(w, d)
+                w_new = self.improve_mix(w, d_new)
+            w_new, d_new = self.balance(w_new, d_new)
             value = self.objective(self.product(w_new, d_new))
             if not value < history[-1]:  # rounding at the bottom
                 break
@@ -247,9 +271,86 @@ class _Problem:
                 solved.append(_solve(matrix, right[c].reshape(-1, 1)).view(i, rank, y))
         return torch.stack(solved)
 
+    def improve_mix(self, w: Tensor, d: Tensor) -> Tensor:
+        """A better W for this D, from the one given: one problem for each o, preconditioned by its blocks over R."""
+        i, s, y = self.sizes
+        own = self.second.view(i, s, y, i, s, y).diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2)  # [Y, Y, I, S]
+        blocks = torch.einsum("oiry,yzis,oiqz->oisrq", d, own, d)
+
+        def gradient(w: Tensor, target: Tensor | None = None) -> Tensor:
+            return d @ self._pull(self.product(w, d), target).mT
+
+        start = gradient(w, self.cross)
+        solve = _block_solver(blocks)
+        return _conjugate_gradients(gradient, lambda g: solve(g.transpose(2, 3)).transpose(2, 3), w, start, (1, 2, 3))
+
+    def improve_spatial(self, w: Tensor, d: Tensor) -> Tensor:
+        """A better D for this W, from the one given: one problem for each o, or one for all; blocks over Y."""
+        i, s, y = self.sizes
+        own = self.second.view(i, s, y, i, s, y).diagonal(dim1=0, dim2=3)  # [S, Y, S, Y, I]
+        shared = self.form.planar_axes
+
+        def reduced(parts: Tensor) -> Tensor:
+            """Sums over what shares D."""
+            if shared == "o":
+                return parts.sum(1, keepdim=True)
+            if shared == "i":
+                return (parts * self.scale.square().view(-1, *[1] * (parts.dim() - 1))).sum(0, keepdim=True)
+            return parts
+
+        def gradient(d: Tensor, target: Tensor | None = None) -> Tensor:
+            return reduced(w @ self._pull(self.product(w, d), target))
+
+        blocks = reduced(torch.einsum("oirs,sytzi,oirt->oiryz", w, own, w))
+        axes = (0, 1, 2, 3) if shared == "i" else (1, 2, 3)
+        return _conjugate_gradients(gradient, _block_solver(blocks), d, gradient(d, self.cross), axes)
+
+    def _pull(self, filter_: Tensor, target: Tensor | None) -> Tensor:
+        """The filter times M, less the target where there is one: half the gradient of J at the filter."""
+        product = (filter_.flatten(1) @ self.second).view_as(filter_)
+        return product if target is None else product - target
+
     def _spatial_matrix(self, normal: Tensor, rank: int) -> Tensor:
         i, _, y = self.sizes
         return normal.view(i, i, rank, rank, y, y).permute(0, 2, 4, 1, 3, 5).reshape(i * rank * y, -1)
+
+
+def _block_solver(blocks: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplies vectors ``[..., n]`` by the inverses of blocks ``[..., n, n]``, but not of those that are rounding."""
+    identity = torch.eye(blocks.shape[-1]).to(blocks)
+    ridge = _FLOOR**0.5 * blocks.diagonal(dim1=-2, dim2=-1).amax(-1)
+    factor, failed = torch.linalg.cholesky_ex(blocks + ridge[..., None, None] * identity)
+    factor = torch.where((failed > 0)[..., None, None], identity, factor)
+    return lambda vectors: torch.cholesky_solve(vectors[..., None], factor)[..., 0]
+
+
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    x: Tensor,
+    gradient: Tensor,
+    axes: tuple[int, ...],
+) -> Tensor:
+    """Lower ``x A x / 2 - b x`` in :data:`_GRADIENTS` steps from x, where its gradient ``A x - b`` is given.
+
+    Hestenes and Stiefel (1952), preconditioned; one problem along ``axes`` for each index of the others.
+    """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(axes, keepdim=True)
+
+    residual = -gradient
+    direction = ready = precondition(residual)
+    slope = dot(residual, ready)
+    for _ in range(_GRADIENTS):
+        image = apply(direction)
+        curvature = dot(direction, image)
+        step = torch.where(curvature > 0, slope / curvature, 0)  # zero where a problem is solved already
+        x, residual = x + step * direction, residual - step * image
+        ready = precondition(residual)
+        new = dot(residual, ready)
+        direction, slope = ready + torch.where(slope > 0, new / slope, 0) * direction, new
+    return x
 
 
 def _whitened(problem: _Problem, rank: int) -> Tensor:

@@ -30,7 +30,7 @@ _GRADIENT_BATCH = 64
 _BLOCK_BYTES = 2**26
 _MOMENT_BYTES = 2**30
 _KEPT_BYTES = 2**28  # of inputs and outputs at a time; large networks see smaller batches
-_WORK = 1.2e11  # patches times (entries of a patch)², beyond which fewer are looked at
+_WORK = 6e10  # patches times (entries of a patch)², beyond which fewer are looked at
 _AT_LEAST = 3  # patches for each entry; the average over the orbit is worth as many again for each element
 _ROUNDING = 1e-12  # relative to the power: a variance below this is that of a constant
 

@@ -54,9 +54,11 @@ def refine(
         converted: the network with fitted layers.
         names: of these, in the order in which they run.
         images: ``[N, C, H, W]``, without labels.
-        steps: of gradient descent (Adam, its rate falling to zero) on 64 images, for each layer.
+        steps: of gradient descent (Adam, its rate falling to zero) on 64 images, for each layer; none without any.
         seed: of the choice of images.
     """
+    if not steps:
+        return
     generator = torch.Generator().manual_seed(seed)
     like = next(original.parameters())
     activation = F.relu if isinstance(original, Model) else nn.Identity()  # in other networks we do not know of one

@@ -16,7 +16,7 @@ from gconv.equivariance import equivariance_error
 from gconv.errors import InputError
 from gconv.memory import forward_memory
 
-from .execution import BATCH, latency
+from .execution import BATCH, BUDGET_ROUNDS, latency
 
 _OUTPUT_IMAGES = 4
 _ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs
@@ -129,7 +129,8 @@ class ConversionReport:
             self._note("the network as given is not invariant: a stride that does not fit its map, or its head")
             for inexact in first.inexact:
                 self._note(str(inexact))
-        self.latency = latency(before, after, images)
+        careful = {"rounds": BUDGET_ROUNDS} if self.request.get("budget") == "latency" else {}
+        self.latency = latency(before, after, images, **careful)
         self.memory = (forward_memory(before, images[:1]), forward_memory(after, images[:1]))
 
     def measure_output(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:

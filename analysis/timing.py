@@ -13,7 +13,7 @@ from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.separable import check_execution
 
 from .allocators import Option
-from .execution import faster_execution, latency, layer_inputs, layer_times
+from .execution import BUDGET_ROUNDS, faster_execution, latency, layer_inputs, layer_times
 from .report import LayerReport
 from .sensitivity import Options
 
@@ -59,7 +59,7 @@ def _timed(layer: GConv2d | SeparableGConv2d, option: Option, x: Tensor, executi
 
 def latency_of(before: nn.Module, after: nn.Module, images: Tensor) -> tuple[float, float]:
     """Milliseconds of a batch, of two networks measured in turn."""
-    first, second = latency(before, after, images)["milliseconds"]
+    first, second = latency(before, after, images, rounds=BUDGET_ROUNDS)["milliseconds"]
     return first, second
 
 

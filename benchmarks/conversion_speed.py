@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 import gconv
 from analysis import convert
-from analysis.execution import latency
+from analysis.execution import BUDGET_ROUNDS, latency
 from analysis.report import random_images
 from gconv import tables
 from gconv.data import Split
@@ -80,7 +81,7 @@ def converted(name: str, folder: str) -> dict[str, Any]:
 def measure(original: str, file: str) -> dict[str, Any]:
     """The latency of both networks in this process."""
     before, after = gconv.load(original).eval(), gconv.load(file).eval()
-    return latency(before, after, random_images(before, before.input_shape, 0))
+    return latency(before, after, random_images(before, before.input_shape, 0), rounds=BUDGET_ROUNDS)
 
 
 def _in_process(*arguments: str) -> dict[str, Any]:
@@ -105,8 +106,11 @@ def table() -> str:
         {
             "network": row["network"],
             "reported, before → after": " → ".join(f"{value:.2f}" for value in row["reported"]) + " ms",
+            "of the original": f"{_share(row['reported']):.3f}",
             "measured by other processes": ", ".join(f"{after:.2f}" for _, after in row["measured"]) + " ms",
-            "median against report": f"{_deviation(row):+.1%}",
+            "of the original there": ", ".join(f"{_share(pair):.3f}" for pair in row["measured"]),
+            "median against report, time": f"{_deviation(row, lambda pair: pair[1]):+.1%}",
+            "share": f"{_deviation(row, _share):+.1%}",
             "layers slower than dense": ", ".join(row["layers_slower"]) or "none",
         }
         for row in _read("latency")
@@ -114,9 +118,15 @@ def table() -> str:
     return "\n\n".join(tables.as_markdown(rows) for rows in (times, latencies) if rows)
 
 
-def _deviation(row: dict[str, Any]) -> float:
+def _share(pair: Sequence[float]) -> float:
+    """The time of the converted network relative to the original's, which was measured in turn with it."""
+    before, after = pair
+    return after / before
+
+
+def _deviation(row: dict[str, Any], of: Callable[[Sequence[float]], float]) -> float:
     """How far the median of what other processes measured is from the report, relative to it."""
-    return statistics.median(after for _, after in row["measured"]) / float(row["reported"][1]) - 1
+    return statistics.median(of(pair) for pair in row["measured"]) / of(row["reported"]) - 1
 
 
 def _read(name: str) -> list[dict[str, Any]]:

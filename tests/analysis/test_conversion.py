@@ -689,9 +689,9 @@ class Clock:
     def layer_times(self, layer, x, others=()):
         return [self.layer(one, x.shape[1:]) for one in (layer, *others)]
 
-    def latency(self, before, after, images):
+    def latency(self, before, after, images, rounds=1):
         times = [self.network(one, images.shape[1:]) for one in (before, after)]
-        return {"milliseconds": times, "batch": len(images), "rounds": 1, "machine": "none", "threads": 1}
+        return {"milliseconds": times, "batch": len(images), "rounds": rounds, "machine": "none", "threads": 1}
 
 
 @pytest.fixture
@@ -710,6 +710,7 @@ def test_the_measured_time_is_within_the_fraction(clock, form, value):
     after, done = convert(tiny(), form, latency=value)
     before, now = done.latency["milliseconds"]
     assert now == milliseconds(after, (1, 9, 9)) <= value * before
+    assert done.latency["rounds"] == execution.BUDGET_ROUNDS
     assert not any(row.form and row.milliseconds[1] > row.milliseconds[0] for row in done.layers)
 
 

@@ -491,11 +491,25 @@ def test_a_channel_that_costs_more_is_fitted_better():
 # --- moments that are singular
 
 
+def by_gradients(patch, count):
+    """Let layers of any size be fitted by so many conjugate gradients."""
+    patch.setattr(fitting, "_GRADIENTS", count)
+    patch.setattr(fitting, "_work", lambda *_: (1, False))
+
+
 @every_form
+@pytest.mark.parametrize("direct", [True, False], ids=["normal equations", "conjugate gradients"])
 @pytest.mark.parametrize("prior", [0.0, PRIOR])
 @settings(max_examples=20, deadline=None)
 @given(layer=layers(bias=st.booleans()), data=st.data(), case=st.sampled_from(SINGULAR))
-def test_singular_moments_give_finite_results(form, prior, layer, data, case):
+def test_singular_moments_give_finite_results(form, prior, direct, layer, data, case):
+    with pytest.MonkeyPatch.context() as patch:
+        if not direct:
+            by_gradients(patch, data.draw(st.integers(1, 20)))
+        check_singular_moments(form, prior, layer, data, case)
+
+
+def check_singular_moments(form, prior, layer, data, case):
     with torch.no_grad():
         layer.weight.mul_(data.draw(st.sampled_from([1.0, 100.0])))
         if case == "mute":  # an output channel that gives nothing
@@ -584,7 +598,57 @@ def test_a_large_layer_ends_early_and_says_how_early(form, monkeypatch):
     assert fit(layer, form, 1, moments, tolerance=0.0).objective == whole[:4]
 
 
-def test_the_networks_of_the_paper_have_all_rounds_but_for_wide_resnets():
-    rounds = [fitting._rounds(FORMS["gc"], 3, FilterShape(w, w, s, 3)) for w, s in ((10, 4), (23, 8), (45, 8))]
-    assert rounds[0] == 100
-    assert 3 <= rounds[2] < rounds[1] <= 100
+def test_small_layers_are_solved_to_the_end_and_large_ones_improved():
+    """Normal equations where all rounds of them can be done, as in P4CNN; wide ResNets get conjugate gradients."""
+    layers = ((10, 4, 3), (23, 8, 6), (45, 8, 6))
+    found = [fitting._work(FORMS["gc"], rank, FilterShape(w, w, s, 3)) for w, s, rank in layers]
+    (small, *large), solved = zip(*found, strict=True)
+    assert solved == (True, False, False)
+    assert 100 * small <= fitting.ROUNDS_WORK
+    assert large == [20 * w * (w * 8 * 9) ** 2 for w in (23, 45)]
+
+
+@every_form
+@pytest.mark.parametrize("rank", [1, 2])
+def test_enough_conjugate_gradients_solve_the_normal_equations(form, rank, monkeypatch):
+    torch.manual_seed(rank)
+    layer = GConv2d(3, 2, 3, bias=True, group="p4", dtype=torch.float64)
+    patches = patches_for(layer, 400)
+    moments = moments_of(patches, outputs_for(layer, patches, noise=0.3))
+    solved = fit(layer, form, rank, moments, steps=5, tolerance=0.0)
+    by_gradients(monkeypatch, 400)
+    improved = fit(layer, form, rank, moments, steps=5, tolerance=0.0)
+    close(improved.objective, solved.objective, 1e-6)
+    close(fitted_filter(layer, form, improved), fitted_filter(layer, form, solved), 1e-3)
+
+
+@every_form
+@few
+@given(layer=layers(bias=st.booleans()), data=st.data(), count=st.integers(1, 5))
+def test_any_number_of_conjugate_gradients_lowers_the_objective(form, layer, data, count):
+    rank = data.draw(st.integers(1, max(1, form.max_rank(layer.filter_shape) - 1)))
+    patches = patches_for(layer)
+    outputs = outputs_for(layer, patches, noise=0.5)
+    problem = fitting._Problem(layer, form, moments_of(patches, outputs), PRIOR, None)
+    w, d = problem.split(layer.weight.detach(), rank)
+    start = problem.objective(problem.product(w, d))
+    with pytest.MonkeyPatch.context() as patch:
+        by_gradients(patch, count)
+        d_new = problem.improve_spatial(w, d)
+        between = problem.objective(problem.product(w, d_new))
+        end = problem.objective(problem.product(problem.improve_mix(w, d_new), d_new))
+    rounding = 1e-9 * float((problem.power * problem.scale.square()).sum())
+    assert end <= between + rounding <= start + 2 * rounding
+
+
+@every_form
+def test_conjugate_gradients_go_on_where_there_is_something_to_gain(form, monkeypatch):
+    """A fit by few of them ends where the direct one does."""
+    torch.manual_seed(0)
+    layer = GConv2d(2, 3, 3, group="p4", dtype=torch.float64)
+    patches = patches_for(layer, 300)
+    moments = moments_of(patches, outputs_for(layer, patches, noise=0.5))
+    solved = fit(layer, form, 1, moments, steps=300, tolerance=0.0)
+    by_gradients(monkeypatch, 6)
+    improved = fit(layer, form, 1, moments, steps=300, tolerance=0.0)
+    assert improved.objective[-1] < 1.02 * solved.objective[-1]
