@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .conv import GConv2d, LiftingConv2d, SeparableGConv2d
@@ -15,6 +16,9 @@ from .groups import group
 from .norm import GroupBatchNorm2d
 from .pool import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
 from .separable import FORMS
+
+if TYPE_CHECKING:
+    from .frozen import Frozen
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Model(nn.Module):
 
     image_size: int
     fused = False
+    _frozen: Frozen | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -62,6 +67,33 @@ class Model(nn.Module):
     def input_shape(self) -> tuple[int, int, int]:
         """One image ``(in_channels, H, W)`` at the published size."""
         return self.spec.in_channels, self.image_size, self.image_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The class scores of images ``[N, in_channels, H, W]``."""
+        frozen = self._program(x) if self.fused else None
+        return self._layers(x) if frozen is None else frozen(x)
+
+    def _layers(self, x: Tensor) -> Tensor:
+        """The scores, layer by layer."""
+        raise NotImplementedError
+
+    def _program(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What a fused network runs in place of its layers, on a CPU and without gradients; None where it does not."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return None
+        if type(x) is not Tensor or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != self.spec.in_channels:
+            return None
+        from .frozen import Frozen
+
+        frozen = self._frozen  # read once: another thread may replace it
+        if frozen is None or not frozen.is_of(self):
+            self._frozen = frozen = Frozen(self)
+        return frozen.run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
 
     def _conv(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> nn.Module:
         """A convolution from group maps to group maps, in the form that the spec asks for."""
@@ -118,7 +150,7 @@ class CNN(Model):
         self.group_pool = nn.Identity() if spec.group == "z2" else GroupMaxPool()
         self.fc = nn.Linear(width, spec.classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _layers(self, x: Tensor) -> Tensor:
         x = channels_last(x)
         for i in range(1, 8):
             x, norm = getattr(self, f"conv{i}")(x), getattr(self, f"bn{i}")
@@ -171,7 +203,7 @@ class ResNet44(Model):
         self.pool = SpatialMeanPool2d()
         self.fc = nn.Linear(last * group(spec.group).order, spec.classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _layers(self, x: Tensor) -> Tensor:
         x = self.stem(channels_last(x))
         for stage in (1, 2, 3):
             x = getattr(self, f"stage{stage}")(x)

@@ -37,8 +37,12 @@ def to_plain(net: Model) -> fx.GraphModule:
     Raises:
         InputError: as :func:`gconv.fuse`, or the network has a layer of another kind than the published ones.
     """
-    fused = fuse(net)
-    plain = _Plain(group(net.spec.group).order)
+    return plain_of(fuse(net))
+
+
+def plain_of(fused: Model) -> fx.GraphModule:
+    """The same, of a network that is fused already."""
+    plain = _Plain(group(fused.spec.group).order)
     made: dict[fx.Node, fx.Node] = {}
     with torch.no_grad():
         for node in trace(fused).nodes:
