@@ -8,13 +8,14 @@ ones; that is kept beside it, for as long as the network is the one that it was 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .conv import _GroupConv
+from .conv import SeparableGConv2d, _GroupConv
 from .errors import InputError
 from .models import Model
 from .plain import plain_of
@@ -36,40 +37,49 @@ class Frozen:
                 self.run = _relu_inside(plain_of(net).requires_grad_(False))
             except InputError:  # a layer of somebody else's
                 self.run = None
-        self._parts = [(module, list(module._modules.values())) for module in modules]
-        self._tensors = [
-            (held, name, None if tensor is None else tensor.detach().clone())
-            for module in modules
-            for held in (module._parameters, module._buffers if isinstance(module, _BatchNorm) else {})
-            for name, tensor in held.items()
-            if tensor is None or tensor.is_floating_point()
-        ]
+        # Kept so that a check touches little memory: it comes before every pass.
+        self._net = net
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._norms = [module for module in modules if isinstance(module, _BatchNorm)]
+        self._separable = [module for module in modules if isinstance(module, SeparableGConv2d)]
+        parts = [part for m in modules for part in (m._modules, m._parameters)] + [m._buffers for m in self._norms]
+        self._parts = [(part, list(part.values())) for part in parts if part]
+        tensors = [value for _, values in self._parts for value in values if isinstance(value, Tensor)]
+        self._tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        # As few comparisons as there are pieces of memory: one, for what fuse made.
+        pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._tensors}
+        flat = [t.detach().new_empty(0).set_(t.untyped_storage()) for t in pieces.values()]
+        self._memory = [(piece, piece.clone()) for piece in flat]
 
     def is_of(self, net: Model) -> bool:
         """Whether the network is still the same: its modules, how they run, and by value what they hold."""
-        if self._parts[0][0] is not net:
+        if self._net is not net:
             return False
         if not self._fits:
             return not _fits(list(net.modules()))
-        for module, children in self._parts:
-            if not _runs_plainly(module) or list(module._modules.values()) != children:
+        if any(self._hooks):
+            return False
+        for norm in self._norms:
+            if norm.training:
                 return False
-        for held, name, copy in self._tensors:
-            tensor = held.get(name)
-            if tensor is None or copy is None:
-                if tensor is not copy:
-                    return False
-            elif not _is_usual(tensor) or not torch.equal(tensor, copy):
+        for layer in self._separable:
+            if layer.execution != "dense":
                 return False
-        return True
+        for part, values in self._parts:
+            if len(part) != len(values) or not all(map(is_, part.values(), values)):
+                return False
+        return [tensor.data_ptr() for tensor in self._tensors] == self._places and all(
+            torch.equal(now, copy) for now, copy in self._memory
+        )
 
 
 def _fits(modules: list[nn.Module]) -> bool:
     """Whether the layers run dense in single precision on a CPU, and nobody trains, watches or computes their parts."""
     return all(map(_runs_plainly, modules)) and all(
-        parameter is None or (type(parameter) is nn.Parameter and _is_usual(parameter))
+        type(parameter) is nn.Parameter and parameter.dtype is torch.float32 and parameter.is_cpu
         for module in modules
-        for parameter in module._parameters.values()
+        for parameter in module.parameters(recurse=False)
     )
 
 
@@ -80,10 +90,6 @@ def _runs_plainly(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or (isinstance(module, _GroupConv) and module.execution != "dense")
     )
-
-
-def _is_usual(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu
 
 
 def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule:

@@ -27,7 +27,9 @@ def fuse(net: Model) -> Model:
         net: a network of :func:`gconv.create_model`, converted or not; it stays as it is.
 
     Returns:
-        The copy. It cannot be saved as a checkpoint, whose architecture has batch norm; see :func:`gconv.export`.
+        The copy. On a CPU, in eval mode and without gradients it runs as ordinary layers that are made from it once
+        (:mod:`gconv.frozen`). It cannot be saved as a checkpoint, whose architecture has batch norm; see
+        :func:`gconv.export`.
 
     Raises:
         InputError: the network is none of this package's, a batch norm has no running statistics, or a convolution
@@ -42,8 +44,19 @@ def fuse(net: Model) -> Model:
     for conv, norm in list(_pairs(fused)):
         fold(fused.get_submodule(conv), fused.get_submodule(norm))
         fused.set_submodule(norm, nn.Identity())
+    _gather(fused)
     fused.fused = True
     return fused.eval()
+
+
+def _gather(net: nn.Module) -> None:
+    """Put all parameters into one piece of memory: whether any of them has changed is then a single comparison."""
+    parameters = list(net.parameters())
+    first = parameters[0]
+    if all(parameter.dtype == first.dtype and parameter.device == first.device for parameter in parameters):
+        together = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        for parameter, part in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view_as(parameter)
 
 
 def fold(conv: nn.Module, norm: nn.Module) -> None:
