@@ -3,7 +3,8 @@
 From the root of the repository: ``python -m benchmarks.retraining run`` does every run of ``RUNS`` that has no record
 yet (so it can be stopped and continued; hours on two cores), and ``… table`` prints their table. Each run trains a full
 P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420 parameters, and retrains that by the same
-recipe for the other half; from scratch, the same size is trained for all 50 (``python -m gconv.experiments rotmnist``).
+recipe for the other half; from scratch, a network of the same form and size is trained for all 50, and one of the form
+``gc``, which has the same size too, by ``python -m gconv.experiments rotmnist``.
 With a weight of ``separability``, the full network is trained under the penalty of :mod:`gconv.penalty`. All on the
 train and validation images, as nothing is chosen; test errors are read off once per stage.
 """
@@ -43,15 +44,25 @@ STAGES = ("full", "converted", "batch_norm", "retrained")
 
 @dataclass(frozen=True)
 class Run:
-    """One network: its seed, the weight of the penalty on the full network, and whether that teaches the small one."""
+    """One network.
+
+    Attributes:
+        seed: of everything that is drawn.
+        separability: the weight of the penalty on the full network.
+        distilled: whether that teaches the small one.
+        scratch: no full network, the small one for all epochs.
+    """
 
     seed: int
     separability: float = 0.0
     distilled: bool = False
+    scratch: bool = False
 
     @property
     def path(self) -> Path:
         """Where its record lies."""
+        if self.scratch:
+            return RECORDS / f"{FORM}_scratch_seed{self.seed}.json"
         taught = "_distilled" if self.distilled else ""
         return RECORDS / f"{FORM}_separability{self.separability:g}{taught}_seed{self.seed}.json"
 
@@ -66,6 +77,7 @@ RUNS = (
             *(Run(seed, distilled=True) for seed in some),
         )
     ),
+    *(Run(seed, scratch=True) for seed in range(3)),
     *(Run(seed, WEIGHTS[2]) for seed in range(3)),
 )
 
@@ -74,6 +86,12 @@ def record(run: Run) -> dict[str, Any]:
     """Train the full network, or take it from an earlier run; convert, retrain, and score every stage."""
     data = gconv.load_dataset(DATA)
     images = data.train_and_validation
+    if run.scratch:
+        recipe = replace(gconv.RECIPES["published"], epochs=2 * EPOCHS, decay_epoch=round(1.6 * EPOCHS))
+        torch.manual_seed(run.seed)
+        small = gconv.create_model("gc-p4cnn-small", separable=FORM)
+        history = {"retraining": fit(small, images, recipe, seed=run.seed, label="from scratch")}
+        return _described(run, data, recipe, small, {"retrained": evaluate(small, data.test).error}, history)
     recipe = replace(gconv.RECIPES["published"], epochs=EPOCHS, decay_epoch=round(0.8 * EPOCHS))
     full_recipe = replace(recipe, separability=run.separability, separability_form=FORM)
     kept = WORK / f"p4cnn_{EPOCHS}epochs_separability{run.separability:g}_seed{run.seed}.pt"
@@ -89,17 +107,33 @@ def record(run: Run) -> dict[str, Any]:
     stages |= {stage: report.accuracy[stage] for stage in ("converted", "batch_norm")}
     loss = DistilledLoss(small, full, [], Distillation()) if run.distilled else None
     # Another order of images than the full network saw.
-    history = fit(small, images, recipe, seed=run.seed + 1000, loss=loss, label="retraining")
+    history = {
+        "full": source.record["history"],
+        "retraining": fit(small, images, recipe, seed=run.seed + 1000, loss=loss, label="retraining"),
+    }
     stages["retrained"] = evaluate(small, data.test).error
+    return _described(run, data, full_recipe, small, stages, history)
+
+
+def _described(
+    run: Run,
+    data: gconv.Dataset,
+    recipe: gconv.Recipe,
+    small: gconv.Model,
+    test_error: dict[str, float],
+    history: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """The record of a run."""
+    cost = gconv.cost(small, small.input_shape)
     return {
         "run": asdict(run),
         "dataset": data.name,
         "dataset_sha256": data.sha256,
-        "recipe": full_recipe.to_dict(),
-        "parameters": gconv.cost(small, small.input_shape).parameters,
-        "macs_executed": gconv.cost(small, small.input_shape).macs_executed,
-        "test_error": stages,
-        "history": {"full": source.record["history"], "retraining": history},
+        "recipe": recipe.to_dict(),
+        "parameters": cost.parameters,
+        "macs_executed": cost.macs_executed,
+        "test_error": test_error,
+        "history": history,
         "environment": environment(torch.device("cpu")),
     }
 
@@ -115,17 +149,28 @@ def scratch_records() -> list[dict[str, Any]]:
     return [r for r in records if r["run"] == experiments.Run("gc-p4cnn-small", r["run"].seed, DATA)]
 
 
+def _place(record: dict[str, Any]) -> tuple[bool, bool]:
+    """Where it stands in the table: converted ones first, those with a teacher behind the others."""
+    return bool(record["run"].get("scratch")), record["run"]["distilled"]
+
+
 def ways() -> dict[str, list[dict[str, Any]]]:
     """The records by how the network was trained, over seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in sorted(load_records(), key=lambda record: record["run"]["distilled"]):
+    for record in sorted(load_records(), key=_place):
         how = f"{EPOCHS} epochs in full, {EPOCHS} converted"
         if record["run"]["distilled"]:
             how += ", with the full one as teacher"
         if record["run"]["separability"]:
             how += f", penalty {record['run']['separability']:g}"
+        if record["run"].get("scratch"):
+            how = _from_scratch(FORM)
         found.setdefault(how, []).append(record)
     return found
+
+
+def _from_scratch(form: str) -> str:
+    return f"{2 * EPOCHS} epochs from scratch ({form})"
 
 
 def table() -> str:
@@ -142,12 +187,12 @@ def table() -> str:
         }
 
     rows = [
-        row(how, own, {stage: [record["test_error"][stage] for record in own] for stage in STAGES})
+        row(how, own, {stage: [r["test_error"][stage] for r in own if stage in r["test_error"]] for stage in STAGES})
         for how, own in ways().items()
     ]
     if scratch := scratch_records():
         errors = {"retrained": [record["test_error"] for record in scratch]}
-        rows.append(row(f"{2 * EPOCHS} epochs from scratch (gc)", scratch, errors))
+        rows.append(row(_from_scratch("gc"), scratch, errors))
     return tables.as_markdown(rows)
 
 
@@ -158,10 +203,10 @@ def plot() -> Figure:
             1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained", gridspec_kw={"wspace": 0.05}
         )
     found = ways()
-    shown = {how: [(r["history"]["full"], r["history"]["retraining"]) for r in own] for how, own in found.items()}
+    shown = {how: [tuple(record["history"].values()) for record in own] for how, own in found.items()}
     ended = {how: [record["test_error"]["retrained"] for record in own] for how, own in found.items()}
     if scratch := scratch_records():
-        how = f"{2 * EPOCHS} epochs from scratch (gc)"
+        how = _from_scratch("gc")
         shown[how] = [(record["history"],) for record in scratch]
         ended[how] = [record["test_error"] for record in scratch]
     for row, (how, colour) in enumerate(zip(shown, sns.color_palette("colorblind"), strict=False)):
