@@ -78,6 +78,7 @@ RUNS = (
         )
     ),
     *(Run(seed, scratch=True) for seed in range(3)),
+    *(Run(seed, WEIGHTS[1], distilled=True) for seed in range(3)),
     *(Run(seed, WEIGHTS[2]) for seed in range(3)),
 )
 

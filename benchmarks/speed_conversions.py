@@ -5,6 +5,7 @@ Of those with full filters: what conversion is for.
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,16 @@ def draw(count: int, seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
 
 
 def measure(full: bool) -> list[dict[str, Any]]:
-    """Rows of original and converted networks in eval mode, on the batch that layers are measured with."""
+    """Rows of original and converted networks in eval mode, on the batch that layers are measured with.
+
+    A copy of the original takes its turns with them: how far its time is from the original's is what is not told apart.
+    """
     rows = []
     for number, (name, request) in enumerate(draw(COUNT)):
         before = gconv.load(CHECKPOINTS / name)
         after, _ = analysis.convert(before, **request)
         images = torch.rand(BATCH, *before.input_shape)
-        networks = {"original": before.eval(), "converted": after.eval()}
+        networks = {"original": before.eval(), "converted": after.eval(), "copy": copy.deepcopy(before).eval()}
         with torch.inference_mode():
             found = interleaved(
                 {variant: partial(net, images) for variant, net in networks.items()}, 101 if full else 41

@@ -11,7 +11,7 @@ import pytest
 import analysis
 import gconv
 from analysis.screen import _change
-from benchmarks import conversion, plain_conversion, retraining, speed, speed_report
+from benchmarks import conversion, conversion_speed, plain_conversion, retraining, speed, speed_report
 from gconv import experiments, runs, tables
 from gconv.catalog import table
 
@@ -40,7 +40,7 @@ def test_checkpoint_table_is_what_the_catalog_prints() -> None:
 RECORDS = runs.load_records(ROOT / experiments.FOLDER, "rotmnist-regen")
 MADE = {
     **{name: tables.as_markdown(rows(RECORDS)) for name, rows in tables.TABLES.items()},
-    **{module.__name__: module.table() for module in (plain_conversion, conversion, retraining)},
+    **{module.__name__: module.table() for module in (plain_conversion, conversion, conversion_speed, retraining)},
 }
 
 
