@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -79,8 +81,8 @@ class _Plain:
         match layer:
             case _GroupConv():
                 return self._convolutions(name, layer, x)
-            case nn.Conv2d() | nn.Linear():
-                return self._call(name, layer, x)
+            case nn.Conv2d() | nn.Linear():  # a copy, as the other layers are new too
+                return self._call(name, deepcopy(layer), x)
             case _BatchNorm():
                 return self._call(name, _batch_norm(layer, self.order), x)
             case SpatialMaxPool2d():

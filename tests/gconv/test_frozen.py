@@ -148,6 +148,12 @@ def test_gradients_doubles_and_training_go_through_the_layers():
     assert net._frozen is None
 
 
+def test_the_network_keeps_its_gradients():
+    net, images = fused()
+    frozen(net, images)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_a_wrong_image_is_refused_as_ever():
     net, _ = fused()
     with pytest.raises(gconv.InputError, match="shape"):

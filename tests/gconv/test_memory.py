@@ -206,9 +206,8 @@ def test_gradients_count_and_are_left_on_the_model():
 
 
 FAULTS = """
-import resource, torch
-from gconv import checkpoint
-model, images = checkpoint.{load}, torch.rand(16, 1, 28, 28)
+import resource, torch, gconv
+model, images = gconv.load({path!r}), torch.rand(16, 1, 28, 28)
 def faults(passes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(passes):
@@ -222,9 +221,8 @@ with torch.inference_mode():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps memory")
 def test_a_network_that_was_loaded_runs_without_page_faults():
+    """Otherwise there are some 25,000, in nine processes of ten; now there may be those of another thread."""
     path = Path(__file__).parents[2] / "checkpoints" / "p4cnn-w30-rotmnist-regen.pt"
-    new, loaded = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(load=load)], capture_output=True, check=True).stdout)
-        for load in (f"read({str(path)!r}).model", f"load({str(path)!r})")
-    )
-    assert new > 5000 and loaded < new / 10
+    for _ in range(2):
+        run = [sys.executable, "-c", FAULTS.format(path=str(path))]
+        assert int(subprocess.run(run, capture_output=True, check=True).stdout) < 1000
