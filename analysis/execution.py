@@ -20,7 +20,7 @@ from gconv.separable import Execution
 BATCH = 16
 _ROUNDS = 15
 BUDGET_ROUNDS = 100
-"""Of :func:`latency`, as far as the time goes, where a budget is to be kept: a few rounds tell it to some 5 % only."""
+"""Of :func:`latency`, as far as the time goes, where a budget is to be kept: a few rounds tell it only roughly."""
 _SECONDS = 3.0
 _LAYER_SECONDS = 0.1
 _MARGIN = 0.97  # a layer leaves the dense execution only for one that is faster beyond noise

@@ -14,7 +14,6 @@ a few conjugate gradients: these need products with M alone, not the normal equa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.separable import FORMS, FilterShape, Form
 
+from .conjugate import block_solver, conjugate_gradients
 from .moments import Moments
 
 PRIOR = 1e-3
@@ -281,8 +281,10 @@ class _Problem:
             return d @ self._pull(self.product(w, d), target).mT
 
         start = gradient(w, self.cross)
-        solve = _block_solver(blocks)
-        return _conjugate_gradients(gradient, lambda g: solve(g.transpose(2, 3)).transpose(2, 3), w, start, (1, 2, 3))
+        solve = block_solver(blocks)
+        return conjugate_gradients(
+            gradient, lambda g: solve(g.transpose(2, 3)).transpose(2, 3), w, start, (1, 2, 3), _GRADIENTS
+        )
 
     def improve_spatial(self, w: Tensor, d: Tensor) -> Tensor:
         """A better D for this W, from the one given: one problem for each o, or one for all; blocks over Y."""
@@ -303,7 +305,7 @@ class _Problem:
 
         blocks = reduced(torch.einsum("oirs,sytzi,oirt->oiryz", w, own, w))
         axes = (0, 1, 2, 3) if shared == "i" else (1, 2, 3)
-        return _conjugate_gradients(gradient, _block_solver(blocks), d, gradient(d, self.cross), axes)
+        return conjugate_gradients(gradient, block_solver(blocks), d, gradient(d, self.cross), axes, _GRADIENTS)
 
     def _pull(self, filter_: Tensor, target: Tensor | None) -> Tensor:
         """The filter times M, less the target where there is one: half the gradient of J at the filter."""
@@ -313,44 +315,6 @@ class _Problem:
     def _spatial_matrix(self, normal: Tensor, rank: int) -> Tensor:
         i, _, y = self.sizes
         return normal.view(i, i, rank, rank, y, y).permute(0, 2, 4, 1, 3, 5).reshape(i * rank * y, -1)
-
-
-def _block_solver(blocks: Tensor) -> Callable[[Tensor], Tensor]:
-    """Multiplies vectors ``[..., n]`` by the inverses of blocks ``[..., n, n]``, but not of those that are rounding."""
-    identity = torch.eye(blocks.shape[-1]).to(blocks)
-    ridge = _FLOOR**0.5 * blocks.diagonal(dim1=-2, dim2=-1).amax(-1)
-    factor, failed = torch.linalg.cholesky_ex(blocks + ridge[..., None, None] * identity)
-    factor = torch.where((failed > 0)[..., None, None], identity, factor)
-    return lambda vectors: torch.cholesky_solve(vectors[..., None], factor)[..., 0]
-
-
-def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    precondition: Callable[[Tensor], Tensor],
-    x: Tensor,
-    gradient: Tensor,
-    axes: tuple[int, ...],
-) -> Tensor:
-    """Lower ``x A x / 2 - b x`` in :data:`_GRADIENTS` steps from x, where its gradient ``A x - b`` is given.
-
-    Hestenes and Stiefel (1952), preconditioned; one problem along ``axes`` for each index of the others.
-    """
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(axes, keepdim=True)
-
-    residual = -gradient
-    direction = ready = precondition(residual)
-    slope = dot(residual, ready)
-    for _ in range(_GRADIENTS):
-        image = apply(direction)
-        curvature = dot(direction, image)
-        step = torch.where(curvature > 0, slope / curvature, 0)  # zero where a problem is solved already
-        x, residual = x + step * direction, residual - step * image
-        ready = precondition(residual)
-        new = dot(residual, ready)
-        direction, slope = ready + torch.where(slope > 0, new / slope, 0) * direction, new
-    return x
 
 
 def _whitened(problem: _Problem, rank: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What a fused network runs on a CPU: its own ordinary layers, with ReLU inside the convolutions.
 
 A layer of this package checks its input, turns maps and looks after its filters in every pass, which for a single image
-takes as long as half of the convolutions. A fused network whose layers all run dense is a fixed sequence of ordinary
+takes a good part of the time. A fused network whose layers all run dense is a fixed sequence of ordinary
 ones; that is kept beside it, for as long as the network is the one that it was made from.
 """
 

@@ -65,8 +65,8 @@ def training_memory(model: nn.Module, images: Tensor) -> int:
 def keep_usual_blocks() -> None:
     """Let the C library keep freed blocks of the size of a small network's maps (below 31 MiB) for the next ones.
 
-    glibc returns large blocks to the system at once, and gets new ones page by page, cleared: up to half of the time of
-    a small network's forward pass. What is large it learns from the largest block freed so far, up to 32 MiB, so that
+    glibc returns large blocks to the system at once, and gets new ones page by page, cleared, in every pass of a
+    network. What is large it learns from the largest block freed so far, up to 32 MiB, so that
     the same network is fast or slow by what the process did before. This frees one such block, never touched, so it
     costs no memory; up to twice its size may stay with the process. Elsewhere it does nothing.
     """
