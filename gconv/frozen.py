@@ -77,7 +77,10 @@ class Frozen:
 def _fits(modules: list[nn.Module]) -> bool:
     """Whether the layers run dense in single precision on a CPU, and nobody trains, watches or computes their parts."""
     return all(map(_runs_plainly, modules)) and all(
-        type(parameter) is nn.Parameter and parameter.dtype is torch.float32 and parameter.is_cpu
+        type(parameter) is nn.Parameter
+        and parameter.dtype is torch.float32
+        and parameter.is_cpu
+        and bool(parameter.isfinite().all())
         for module in modules
         for parameter in module.parameters(recurse=False)
     )

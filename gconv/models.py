@@ -85,6 +85,8 @@ class Model(nn.Module):
             return None
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != self.spec.in_channels:
             return None
+        if not x.isfinite().all():  # what is not a number is to stay so, and oneDNN's ReLU makes it zero
+            return None
         from .frozen import Frozen
 
         frozen = self._frozen  # read once: another thread may replace it

@@ -160,6 +160,17 @@ def test_a_wrong_image_is_refused_as_ever():
         frozen(net, torch.rand(2, 3, 28, 28))
 
 
+@pytest.mark.parametrize("batch", [2, 40])
+def test_what_is_not_a_number_stays_so(batch):
+    net, images = fused()
+    images = torch.rand(batch, *images.shape[1:])
+    images[1] = float("nan")
+    assert frozen(net, images).isnan().any(1).tolist() == layers(net, images).isnan().any(1).tolist()
+    with torch.no_grad():
+        net.conv3.weight[0, 0] = float("nan")
+    assert frozen(net, images.nan_to_num()).isnan().all()
+
+
 def test_a_copy_makes_its_own():
     net, images = fused()
     frozen(net, images)
