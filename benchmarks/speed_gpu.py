@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gconv
 
-from .speed_networks import limits
+from .speed_networks import exported, limits
 from .timing import interleaved
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -28,10 +28,13 @@ def measure(full: bool) -> list[dict[str, Any]]:
             torch.manual_seed(0)
             ours = gconv.create_model(name)
             images = torch.rand(128 if "cnn" in name else 32, *ours.input_shape, device="cuda")
-            networks = {variant: net.cuda() for variant, net in {"gconv": ours, **limits(ours)}.items()}
-            for precision in PRECISIONS:
-                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-                for direction in ("inference", "forward and backward"):
+            networks: dict[str, nn.Module] = {"gconv": ours, **limits(ours)}
+            for direction in ("forward and backward", "inference"):
+                if direction == "inference":
+                    networks = exported(networks, gconv.group(ours.spec.group).order)
+                networks = {variant: network.cuda() for variant, network in networks.items()}
+                for precision in PRECISIONS:
+                    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
                     runs = {variant: passes(net, images, direction, precision) for variant, net in networks.items()}
                     runs |= {f"{variant}, CUDA graph": graphed(run) for variant, run in runs.items()}
                     found = interleaved({variant: finished(run) for variant, run in runs.items()}, 60 if full else 20)

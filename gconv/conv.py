@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
-from .functional import Sampling, Tables, expand, from_group_major, lies_channels_last, to_group_major
+from .functional import Sampling, Tables, expand, from_group_major, lies_channels_last, on_tensor_cores, to_group_major
 from .groups import Group
 from .groups import group as find_group
-from .mixing import Basis, basis_of
+from .mixing import Basis, basis_of, basis_on
 from .separable import Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
@@ -298,7 +298,8 @@ class SeparableGConv2d(_GroupConv):
         execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"irrep"`` does so with the mix in
             the irreducible representations of the group (``gc`` and ``gc_in``); ``"dense"`` builds the full filter and
             runs one convolution. Same output to rounding. Default: the form's own, or ``"irrep"`` where the form has
-            it and the size is one at which that is the faster way (:meth:`gconv.mixing.Basis.pays`).
+            it and the size is one at which that is the faster way (:meth:`gconv.mixing.Basis.pays`). On the tensor
+            cores of a GPU ``"irrep"`` mixes directly too.
     """
 
     _factors = ("mix", "spatial")
@@ -377,7 +378,12 @@ class SeparableGConv2d(_GroupConv):
     def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
         if self.execution == "dense":
             return (self._expanded(self.weight, channels_last),)
-        return self.form.filters(self.mix, self.spatial, self.tables, self._basis_for(self.execution))
+        basis = self._basis_for(self.execution)
+        if basis is not None and self.mix.is_cuda and not torch.compiler.is_compiling():
+            # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
+            direct = on_tensor_cores(self.mix)
+            basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)
+        return self.form.filters(self.mix, self.spatial, self.tables, basis)
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         if self.execution == "dense":

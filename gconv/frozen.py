@@ -1,8 +1,9 @@
-"""What a fused network runs on a CPU: its own ordinary layers, with ReLU inside the convolutions.
+"""What a fused network runs for inference: its own ordinary layers, on a CPU with ReLU inside the convolutions.
 
-A layer of this package checks its input, turns maps and looks after its filters in every pass, which for a single image
-takes a good part of the time. A fused network whose layers all run dense is a fixed sequence of ordinary
-ones; that is kept beside it, for as long as the network is the one that it was made from.
+A layer of this package checks its input, turns maps and looks after its filters in every pass, which for a single
+image, or on a GPU, takes a good part of the time. A fused network is a fixed sequence of ordinary layers; that is kept
+beside it, for as long as the network is the one that it was made from. On a CPU the layers must all run dense, as
+ordinary factorised ones are no faster there; on a GPU they may run in any way.
 """
 
 from __future__ import annotations
@@ -32,28 +33,35 @@ class Frozen:
         modules = list(net.modules())
         self.run: Callable[[Tensor], Tensor] | None = None
         self._fits = _fits(modules)
+        self._by_value = next(net.parameters()).is_cpu
         if self._fits:
             try:
-                self.run = _relu_inside(plain_of(net).requires_grad_(False))
+                plain = plain_of(net).requires_grad_(False)
+                self.run = _relu_inside(plain) if self._by_value else plain
             except InputError:  # a layer of somebody else's
                 self.run = None
         # Kept so that a check touches little memory: it comes before every pass.
         self._net = net
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._norms = [module for module in modules if isinstance(module, _BatchNorm)]
-        self._separable = [module for module in modules if isinstance(module, SeparableGConv2d)]
+        self._executions = [(m, m.execution) for m in modules if isinstance(m, SeparableGConv2d)]
         parts = [part for m in modules for part in (m._modules, m._parameters)] + [m._buffers for m in self._norms]
         self._parts = [(part, list(part.values())) for part in parts if part]
         tensors = [value for _, values in self._parts for value in values if isinstance(value, Tensor)]
         self._tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         # As few comparisons as there are pieces of memory: one, for what fuse made.
-        pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._tensors}
+        pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._tensors} if self._by_value else {}
         flat = [t.detach().new_empty(0).set_(t.untyped_storage()) for t in pieces.values()]
         self._memory = [(piece, piece.clone()) for piece in flat]
+        self._versions = [] if self._by_value else self._counted()
 
     def is_of(self, net: Model) -> bool:
-        """Whether the network is still the same: its modules, how they run, and by value what they hold."""
+        """Whether the network is still the same: its modules, how they run, and what they hold.
+
+        On a CPU that is compared by value. A GPU would have to be waited for, so there the counters of in-place changes
+        are compared, which do not see those made through ``.data``.
+        """
         if self._net is not net:
             return False
         if not self._fits:
@@ -63,36 +71,47 @@ class Frozen:
         for norm in self._norms:
             if norm.training:
                 return False
-        for layer in self._separable:
-            if layer.execution != "dense":
+        for layer, execution in self._executions:
+            if layer.execution != execution:
                 return False
         for part, values in self._parts:
             if len(part) != len(values) or not all(map(is_, part.values(), values)):
                 return False
-        return [tensor.data_ptr() for tensor in self._tensors] == self._places and all(
-            torch.equal(now, copy) for now, copy in self._memory
-        )
+        if [tensor.data_ptr() for tensor in self._tensors] != self._places:
+            return False
+        if self._by_value:
+            return all(torch.equal(now, copy) for now, copy in self._memory)
+        return self._counted() == self._versions
+
+    def _counted(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
 
 
 def _fits(modules: list[nn.Module]) -> bool:
-    """Whether the layers run dense in single precision on a CPU, and nobody trains, watches or computes their parts."""
+    """Whether the program would be the network's: nobody trains, watches or computes its parts.
+
+    On a CPU also whether the layers run dense, on finite weights in single precision.
+    """
     return all(map(_runs_plainly, modules)) and all(
-        type(parameter) is nn.Parameter
-        and parameter.dtype is torch.float32
-        and parameter.is_cpu
-        and bool(parameter.isfinite().all())
+        type(parameter) is nn.Parameter and (_counts(module) if parameter.is_cuda else _is_usual(parameter))
         for module in modules
         for parameter in module.parameters(recurse=False)
     )
 
 
+def _is_usual(parameter: nn.Parameter) -> bool:
+    return parameter.is_cpu and parameter.dtype is torch.float32 and bool(parameter.isfinite().all())
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether in-place changes of its tensors are counted, as they are not for those made in inference mode."""
+    return not any(t.is_inference() for ts in (module.parameters(False), module.buffers(False)) for t in ts)
+
+
 def _runs_plainly(module: nn.Module) -> bool:
-    return not (
-        module.training
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or (isinstance(module, _GroupConv) and module.execution != "dense")
-    )
+    if module.training or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return not isinstance(module, _GroupConv) or module.execution == "dense" or next(module.parameters()).is_cuda
 
 
 def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule:

@@ -98,13 +98,27 @@ def lies_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """A planar map in the memory format that convolutions are fastest in: channels-last in float32 on a CPU.
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether convolutions of this map run on the tensor cores of a GPU: in half precision, or in TF32 if allowed.
 
-    ``benchmarks/speed_networks.py`` measures what that brings. Convolutions and batch norm hand the format on, so a
-    network asks for it once.
+    There multiply-accumulates cost next to nothing, and what counts is the memory format.
     """
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype != torch.float32:  # a tracer's stand-in is none
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
+    return half or (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A planar map in the memory format that convolutions are fastest in.
+
+    That is channels-last in float32 on a CPU, and on the tensor cores of a GPU; elsewhere the map stays as it is.
+    ``benchmarks/speed_networks.py`` and ``benchmarks/speed_gpu.py`` measure what that brings. Convolutions and batch
+    norm hand the format on, so a network asks for it once.
+    """
+    if not isinstance(x, Tensor):  # a tracer's stand-in
+        return x
+    if not (x.device.type == "cpu" and x.dtype == torch.float32) and not on_tensor_cores(x):
         return x
     # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
     return x if is_channels_last(x) else x.clone(memory_format=torch.channels_last)

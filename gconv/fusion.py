@@ -27,9 +27,9 @@ def fuse(net: Model) -> Model:
         net: a network of :func:`gconv.create_model`, converted or not; it stays as it is.
 
     Returns:
-        The copy. On a CPU, in eval mode and without gradients it runs as ordinary layers that are made from it once
-        (:mod:`gconv.frozen`). It cannot be saved as a checkpoint, whose architecture has batch norm; see
-        :func:`gconv.export`.
+        The copy. In eval mode and without gradients, on a CPU or the tensor cores of a GPU, it runs as ordinary layers
+        that are made from it once (:mod:`gconv.frozen`); on a GPU these do not see a change made through ``.data``. It
+        cannot be saved as a checkpoint, whose architecture has batch norm; see :func:`gconv.export`.
 
     Raises:
         InputError: the network is none of this package's, a batch norm has no running statistics, or a convolution

@@ -59,6 +59,14 @@ def basis_of(group: Group) -> Basis:
     return Basis(torch.from_numpy(found.basis.copy()), tuple(block.copies for block in found.blocks), matrices)
 
 
+@cache
+def basis_on(group: Group, device: torch.device, dtype: torch.dtype) -> Basis:
+    """The same on a device and in a type. Kept: to copy it there in every pass would hold up the queue of a GPU."""
+    basis, copies, matrices = basis_of(group)
+    with torch.inference_mode(False):  # also passes with gradients are to use it
+        return Basis(basis.to(device, dtype), copies, tuple(m.to(device, dtype) for m in matrices))
+
+
 class Mixing(Protocol):
     """R mixes ``[N, S I, H, W]`` to ``[N, S O, H, W]``, each with its own weights."""
 

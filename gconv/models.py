@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .conv import GConv2d, LiftingConv2d, SeparableGConv2d
 from .errors import InputError, one_of
-from .functional import channels_last, relu
+from .functional import channels_last, on_tensor_cores, relu
 from .groups import group
 from .norm import GroupBatchNorm2d
 from .pool import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
@@ -78,14 +78,19 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def _program(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What a fused network runs in place of its layers, on a CPU and without gradients; None where it does not."""
+        """What a fused network runs in place of its layers, without gradients; None where it does not."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
-        if type(x) is not Tensor or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if type(x) is not Tensor or self.training or torch.is_grad_enabled():
             return None
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != self.spec.in_channels:
+        if x.dim() != 4 or x.shape[1] != self.spec.in_channels:
             return None
-        if not x.isfinite().all():  # what is not a number is to stay so, and oneDNN's ReLU makes it zero
+        if x.device.type == "cpu":
+            if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+                return None
+            if not x.isfinite().all():  # what is not a number is to stay so, and oneDNN's ReLU makes it zero
+                return None
+        elif not on_tensor_cores(x):
             return None
         from .frozen import Frozen
 
