@@ -323,9 +323,11 @@ def pick_device(name: str) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a run was made with, for its record."""
+    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
+        **({"tf32": torch.backends.cudnn.allow_tf32} if on_gpu else {}),
     }
