@@ -61,7 +61,7 @@ def load(folder: Path) -> dict[str, Rows]:
 def table(folder: Path, *, every: bool = False) -> str:
     """As Markdown what was claimed, and the layers; with ``every`` all networks too."""
     sections = load(folder)
-    rows = [row for of_section in sections.values() for row in of_section]
+    rows = _on_cpu(sections)
     parts = [
         _bars(rows),
         _layer_bars(rows),
@@ -69,8 +69,13 @@ def table(folder: Path, *, every: bool = False) -> str:
         _start_up(sections),
         _networks(rows) if every else "",
         _layers(rows),
+        _gpu(sections),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _on_cpu(sections: dict[str, Rows]) -> Rows:
+    return [row for name, of_section in sections.items() if name != "gpu" for row in of_section]
 
 
 def ratio(rows: Rows, bar: Bar) -> tuple[float, str] | None:
@@ -112,7 +117,7 @@ def _networks(rows: Rows) -> str:
     """Times of the networks, with the fastest dense limit at 1."""
     keys: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row.get("direction") in ("training", "inference") and "request" not in row and "precision" not in row:
+        if row.get("direction") in ("training", "inference") and "request" not in row:
             keys.setdefault((row["subject"], row["direction"], row["batch"]), {})[row["variant"]] = row
 
     def lines() -> Iterator[tuple[str, ...]]:
@@ -204,6 +209,39 @@ def _start_up(sections: dict[str, Rows]) -> str:
     return f"{text}, importing PyTorch alone {times['import torch']:.1f} s (at most {allowed:.1f} s asked)."
 
 
+GRAPH = ", CUDA graph"
+
+
+def gpu_shares(rows: Rows) -> Iterator[tuple[tuple[str, str, str], float, dict[str, tuple[float, float]]]]:
+    """For each network, direction and precision: milliseconds of the dense limit as a graph, and shares of the limit.
+
+    The shares, by variant, are of a recorded graph against the limit as one, and of operations that are launched one by
+    one against the limit's.
+    """
+    times: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        times.setdefault((row["subject"], row["direction"], row["precision"]), {})[row["variant"]] = row["median_ms"]
+    for key, own in times.items():
+        limits = [min(own[name + mode] for name in DENSE) for mode in (GRAPH, "")]
+        variants = [name for name in own if not name.endswith(GRAPH) and name not in DENSE]
+        yield key, limits[0], {name: (own[name + GRAPH] / limits[0], own[name] / limits[1]) for name in variants}
+
+
+def _gpu(sections: dict[str, Rows]) -> str:
+    rows = sections.get("gpu", [])
+    if not rows:
+        return ""
+    variants = ("gconv", "gconv, fused", "gconv, exported")
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for (subject, direction, precision), limit, shares in gpu_shares(rows):
+            cells = (f"{shares[name][0]:.2f} ({shares[name][1]:.2f})" if name in shares else "" for name in variants)
+            yield subject, direction, precision, f"{limit:.2f} ms", *cells
+
+    heads = (f"{rows[0]['device']}: graph (launched) / limit", "", "", "limit, graph", *variants)
+    return _markdown(heads, lines())
+
+
 def _markdown(heads: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *lines]) if lines else ""
@@ -218,7 +256,7 @@ def draw(folder: Path) -> Path:
     import seaborn as sns
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    rows = [row for of_section in load(folder).values() for row in of_section]
+    rows = _on_cpu(load(folder))
     colors = sns.color_palette("colorblind")
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=[1.1, 1, 1])

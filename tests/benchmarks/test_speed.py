@@ -40,11 +40,18 @@ CONVERSIONS += [
     row("2", "inference", 16, name, ms) for name, ms in (("original", 4.0), ("converted", 4.1), ("copy", 4))
 ]
 START_UP = [row("start-up", "process", 1, "import torch", 1000), row("start-up", "process", 1, "decompose", 2250)]
+GPU = [
+    row("p4cnn", "inference", 128, name, ms) | {"precision": "tf32", "device": "a card"}
+    for name, ms in (
+        ("dense", 9.0), ("dense, CUDA graph", 2.0), ("dense, channels-last", 8.0),
+        ("dense, channels-last, CUDA graph", 3.0), ("gconv, fused", 2.0), ("gconv, fused, CUDA graph", 1.0),
+    )
+]  # fmt: skip
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    sections = {"p4cnn": NETWORKS, "layers-p4": LAYERS, "conversions": CONVERSIONS, "start-up": START_UP}
+    sections = {"p4cnn": NETWORKS, "layers-p4": LAYERS, "conversions": CONVERSIONS, "start-up": START_UP, "gpu": GPU}
     for section, rows in sections.items():
         (tmp_path / f"{section}.json").write_text(json.dumps({"section": section, "rows": rows}))
     return tmp_path
@@ -65,6 +72,9 @@ def test_the_table_says_what_is_in_the_records(folder: Path) -> None:
     assert "(0.95 to 1.05 of its time)" in table
     assert "they take 0.75 to 1.25, half" in table
     assert " 50 ms " not in speed_report.table(folder)
+    assert "| a card: graph (launched) / limit |" in lines[-3]
+    assert lines[-1] == "| p4cnn | inference | tf32 | 2.00 ms | | 0.50 (0.25) | |"
+    assert "| p4cnn | inference | 128 | gconv, fused |" not in " ".join(lines)  # which is a table of times on a CPU
     assert "2.2 s as a whole process, importing PyTorch alone 1.0 s (at most 2.3 s asked)" in table
 
 

@@ -363,6 +363,7 @@ def record(run: Run, error: float, **more: Any) -> dict[str, Any]:
         "macs_executed": 12_345_678,
         "training_memory_batch_2": 2_030_000,
         "seconds": {"training": 630.0, "testing": 1.0},
+        "environment": {"device": "cpu"},
     }
     return facts | more
 
@@ -392,13 +393,23 @@ def test_the_table_has_mean_deviation_and_seeds_beside_what_was_published():
         "MACs (published)": "11.67 M (11.67 M)",
         "MACs as executed": "12.35 M",
         "memory, batch 2 (published)": "2.03 MB (2.03 MB)",
-        "minutes a run": "11",
+        "CPU minutes a run": "11",
     }
     assert (found["z2cnn"]["seeds"], found["z2cnn"]["test error"]) == ("1", "9.00 %")
     assert found["z2cnn"]["within 3 deviations, or better"] == "no"
     for model in set(PUBLISHED) - {"p4cnn", "z2cnn"}:
         empty = {key: value for key, value in found[model].items() if key not in ("model", "published")}
         assert empty == {**dict.fromkeys(empty, ""), "seeds": "0"}
+
+
+def test_the_table_tells_runs_on_a_gpu_from_those_on_a_cpu():
+    seconds = [{"training": 60.0 * minutes, "testing": 0.0} for minutes in (10, 1, 1)]
+    own = [record(Run("p4cnn", i), 2.0, seconds=s) for i, s in enumerate(seconds)]
+    for one in own[1:]:
+        one["environment"] = {**one["environment"], "device": "a card"}
+    rows = {row["model"]: row for row in table("rotmnist", [*own, {**own[1], "run": Run("z2cnn", 0)}])}
+    assert (rows["p4cnn"]["seeds"], rows["p4cnn"]["CPU minutes a run"]) == ("3 (2 on a GPU)", "10")
+    assert (rows["z2cnn"]["seeds"], rows["z2cnn"]["CPU minutes a run"]) == ("1 (1 on a GPU)", "")
 
 
 @pytest.mark.parametrize(("error", "good"), [(2.41, "yes"), (2.42, "no"), (0.5, "yes")])
