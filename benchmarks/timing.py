@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,12 +17,17 @@ from gconv.training import environment
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Any]:
-    """Median and quartiles in milliseconds, by name, without a first turn that loads what is loaded on first use."""
+    """Median and quartiles in milliseconds, by name, without a first turn that loads what is loaded on first use.
+
+    The order is drawn anew in every turn, the same in every process: what ran before leaves the caches warm or cold.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, draw = list(runs), random.Random(0)
     for turn in range(-warm_up, rounds):
-        for name, run in runs.items():
+        draw.shuffle(order)
+        for name in order:
             began = time.perf_counter()
-            run()
+            runs[name]()
             if turn >= 0:
                 times[name].append(1000 * (time.perf_counter() - began))
     return {name: summary(kept) for name, kept in times.items()}

@@ -8,7 +8,7 @@ ordinary factorised ones are no faster there; on a GPU they may run in any way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from operator import is_
 
 import torch
@@ -26,20 +26,22 @@ class Frozen:
     """The program of a fused network in eval mode, and what it was made from.
 
     Attributes:
-        run: from images to class scores; None where there is no such program for this network.
+        plain: from images to class scores; None where there is no such program for this network.
+        batched: the same with ReLU inside the convolutions, for batches on a CPU; None elsewhere.
     """
 
     def __init__(self, net: Model) -> None:
         modules = list(net.modules())
-        self.run: Callable[[Tensor], Tensor] | None = None
+        self.plain: fx.GraphModule | None = None
+        self.batched: fx.GraphModule | None = None
         self._fits = _fits(modules)
         self._by_value = next(net.parameters()).is_cpu
         if self._fits:
             try:
-                plain = plain_of(net).requires_grad_(False)
-                self.run = _relu_inside(plain) if self._by_value else plain
+                self.plain = plain_of(net).requires_grad_(False)
+                self.batched = _relu_inside(self.plain) if self._by_value else None
             except InputError:  # a layer of somebody else's
-                self.run = None
+                self.plain = None
         # Kept so that a check touches little memory: it comes before every pass.
         self._net = net
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
@@ -55,6 +57,15 @@ class Frozen:
         flat = [t.detach().new_empty(0).set_(t.untyped_storage()) for t in pieces.values()]
         self._memory = [(piece, piece.clone()) for piece in flat]
         self._versions = [] if self._by_value else self._counted()
+
+    def run(self, images: Tensor) -> Tensor:
+        """The class scores; only where there is a program."""
+        # What is not a number is to stay so, and oneDNN's ReLU makes it zero; a sum that overflows is let go too.
+        inside = self.batched is not None and len(images) >= _BATCH and math.isfinite(images.sum().item())
+        program = self.batched if inside else self.plain
+        assert program is not None
+        scores: Tensor = program(images)
+        return scores
 
     def is_of(self, net: Model) -> bool:
         """Whether the network is still the same: its modules, how they run, and what they hold.
@@ -114,28 +125,32 @@ def _runs_plainly(module: nn.Module) -> bool:
     return not isinstance(module, _GroupConv) or module.execution == "dense" or next(module.parameters()).is_cuda
 
 
-def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule:
-    """The same, with every ReLU that alone reads a convolution done by it, where the backend can."""
+_BATCH = 32
+"""Images from which on the call with ReLU inside, which prepares more, is the faster one."""
+
+
+def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule | None:
+    """A program of the same layers, with every ReLU that alone reads a convolution done by it, if the backend can."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
-        return plain
-    for node in list(plain.graph.nodes):
+        return None
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(plain.graph, {}))
+    batched = fx.GraphModule(plain, graph)
+    for node in list(graph.nodes):
         if node.op == "call_function" and node.target is F.relu:
             before = node.args[0]
             if before.op == "call_module" and len(before.users) == 1:
-                conv = plain.get_submodule(before.target)
+                conv = batched.get_submodule(before.target)
                 if isinstance(conv, nn.Conv2d):
-                    plain.set_submodule(before.target, _ConvReLU(conv))
+                    batched.set_submodule(before.target, _ConvReLU(conv))
                     node.replace_all_uses_with(before)
-                    plain.graph.erase_node(node)
-    plain.recompile()
-    return plain
-
-
-_FEW_IMAGES = 32  # below this the call with ReLU inside, which prepares more, is the slower one
+                    graph.erase_node(node)
+    batched.recompile()
+    return batched.eval()
 
 
 class _ConvReLU(nn.Module):
-    """A convolution and the ReLU behind it, in batches by one call of oneDNN."""
+    """A convolution and the ReLU behind it, by one call of oneDNN."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -145,8 +160,5 @@ class _ConvReLU(nn.Module):
         self.both = torch.ops.mkldnn._convolution_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) < _FEW_IMAGES:
-            padding, stride, dilation, groups = self.how
-            return F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups).relu_()
         y: Tensor = self.both(x, self.weight, self.bias, *self.how, "relu", [], "")
         return y

@@ -137,9 +137,13 @@ class IrrepMixing:
         return torch.cat([F.linear(*part) for part in zip(parts, weights, biases, strict=True)], 1)
 
 
+_SMALL = 1 << 26
+"""Multiply-accumulates up to which a matrix product is faster than the same as a convolution, which prepares more."""
+
+
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution; where the channels lie together it is a matrix product, which is called faster as one."""
-    if x.stride(1) == 1:
+    """A 1x1 convolution; a small one, where the channels lie together, as the matrix product that it is."""
+    if x.stride(1) == 1 and x.numel() * len(weight) <= _SMALL:
         return _maps(F.linear(_rows(x), weight, bias), x)
     return F.conv2d(x, weight[:, :, None, None], bias)
 

@@ -88,8 +88,6 @@ class Model(nn.Module):
         if x.device.type == "cpu":
             if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
                 return None
-            if not x.isfinite().all():  # what is not a number is to stay so, and oneDNN's ReLU makes it zero
-                return None
         elif not on_tensor_cores(x):
             return None
         from .frozen import Frozen
@@ -97,7 +95,7 @@ class Model(nn.Module):
         frozen = self._frozen  # read once: another thread may replace it
         if frozen is None or not frozen.is_of(self):
             self._frozen = frozen = Frozen(self)
-        return frozen.run
+        return None if frozen.plain is None else frozen.run
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_frozen"}

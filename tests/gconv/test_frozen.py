@@ -43,7 +43,7 @@ def test_the_scores_are_those_of_the_layers(name, batch):
     net, images = fused(name)
     images = torch.rand(batch, *images.shape[1:])
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert (net._frozen.run is not None) == (net.spec.separable in (None, "c", "g"))  # the others do not run dense
+    assert (net._frozen.plain is not None) == (net.spec.separable in (None, "c", "g"))  # the others do not run dense
 
 
 @pytest.mark.parametrize("group", ["p2", "pm", "pmm", "p4", "p4m"])
@@ -51,7 +51,7 @@ def test_on_any_group_and_with_converted_layers(group):
     net, _ = convert(create_model("p4cnn", width=3, group=group).eval(), "gc", rank=2, execution="dense")
     net, images = fuse(net), torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert net._frozen.run is not None
+    assert net._frozen.plain is not None
 
 
 def test_it_is_made_once():
@@ -124,7 +124,7 @@ def test_a_layer_that_is_watched_runs():
     assert seen == [(3, 3, 4, 10, 10)]
     handle.remove()
     frozen(net, images)
-    assert net._frozen.run is not None and len(seen) == 1
+    assert net._frozen.plain is not None and len(seen) == 1
 
 
 def test_a_layer_that_runs_factorized_does():
@@ -133,10 +133,10 @@ def test_a_layer_that_runs_factorized_does():
         if isinstance(layer, gconv.SeparableGConv2d):
             layer.execution = "dense"
     frozen(net, images)
-    assert net._frozen.run is not None
+    assert net._frozen.plain is not None
     net.conv2.execution = "factorized"
     frozen(net, images)
-    assert net._frozen.run is None
+    assert net._frozen.plain is None
 
 
 def test_gradients_doubles_and_training_go_through_the_layers():
@@ -192,4 +192,12 @@ def test_without_onednn_it_is_the_plain_network(monkeypatch):
     net, images = fused()
     images = torch.rand(40, *images.shape[1:])
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert not any("ReLU" in type(module).__name__ for module in Frozen(net).run.modules())
+    assert Frozen(net).plain is not None and Frozen(net).batched is None
+
+
+def test_batches_run_with_relu_inside_the_convolutions():
+    net, _ = fused()
+    made = Frozen(net)
+    inside = [type(module).__name__ for module in made.batched.modules()].count("_ConvReLU")
+    assert inside == 6  # of seven convolutions the second has its ReLU behind the pooling
+    assert {id(p) for p in made.batched.parameters()} == {id(p) for p in made.plain.parameters()}
