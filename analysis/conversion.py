@@ -66,7 +66,8 @@ def convert(
         energy: the share of its energy that every layer keeps, at the smallest rank that does (default 0.95).
         params: parameters of the whole network: a fraction up to 1, or a number.
         macs: multiply-accumulates of one image as executed: likewise.
-        latency: of a batch of 16 on this machine: a fraction up to 1, or a time such as ``"3.5ms"``.
+        latency: of a batch of 16 on this machine, as a new process measures it that only loads the networks: a fraction
+            up to 1, or a time such as ``"3.5ms"``.
         max_drop: points of accuracy that may be lost on ``validation`` before fine-tuning; the smallest wins of the
             networks that are tried, which halve the range of parameters again and again.
         allocation: how params, macs or latency are shared out: ``auto`` or one of ``analysis.ALLOCATORS``.

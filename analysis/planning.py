@@ -6,6 +6,8 @@ import copy
 import math
 from dataclasses import replace
 
+from torch import Tensor, nn
+
 from gconv.conv import SeparableGConv2d
 from gconv.cost import cost
 from gconv.errors import InputError
@@ -17,10 +19,11 @@ from .allocators import Option, Problem, allocate, reachable
 from .batchnorm import reestimate_batchnorm
 from .building import Built, Plan, build
 from .execution import layer_inputs
+from .fresh import fresh_latency
 from .report import ConversionReport, random_images
 from .request import Request
 from .sensitivity import Options, measurable, measure_options, to_table
-from .timing import latency_of, timed_options
+from .timing import timed_options
 
 _ROUNDS = 6  # of tightening a limit of time until the measured time is within it
 _TRIALS = 6  # halvings of the range of parameters in search of the largest drop allowed
@@ -132,11 +135,11 @@ class Planner:
         images = random_images(request.before, request.size, request.seed)
         reached: list[float] = []
         factor = 1.0
+        before, _ = self._milliseconds(request.before, images)
         for _ in range(_ROUNDS):
-            total = latency_of(request.before, request.before, images)[0]
-            target = budget.limit(total)
+            target = budget.limit(before)
             try:
-                plan = self._share_out(timed, "milliseconds", factor * target, total)
+                plan = self._share_out(timed, "milliseconds", factor * target, before)
             except InputError:
                 if not reached:
                     raise
@@ -147,7 +150,7 @@ class Planner:
                     assert option.form is not None and option.rank is not None
                     layer = SeparableGConv2d.from_dense(self.layers[name], option.form, option.rank, option.execution)
                     probe.set_submodule(name, layer)
-            before, after = latency_of(request.before, probe, images)
+            before, after = self._milliseconds(probe, images)
             target = budget.limit(before)
             if after <= target:
                 self.report.request["limit"] = target
@@ -159,6 +162,11 @@ class Planner:
             f"latency of {budget.value:g}{'' if budget.fraction else 'ms'} is out of reach here; "
             f"the nearest that was measured is {nearest:.3f} of the network's"
         )
+
+    def _milliseconds(self, network: nn.Module, images: Tensor) -> tuple[float, float]:
+        """Of a batch, by the network as given and by another one, as a new process takes."""
+        before, after = fresh_latency(self.request.before, network, images, self.report.note)["milliseconds"]
+        return before, after
 
     def _search(self) -> tuple[Plan, Built]:
         """The fewest parameters whose measured drop on validation is allowed, by halving the range of parameters.

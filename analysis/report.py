@@ -16,7 +16,8 @@ from gconv.equivariance import equivariance_error
 from gconv.errors import InputError
 from gconv.memory import forward_memory
 
-from .execution import BATCH, BUDGET_ROUNDS, latency
+from .execution import BATCH, latency
+from .fresh import fresh_latency
 
 _OUTPUT_IMAGES = 4
 _ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs
@@ -72,7 +73,8 @@ class ConversionReport:
         output_error: relative error of the class scores on seeded random images, before any fine-tuning.
         equivariance_error: for one seeded random image the largest relative change of the class scores over the group,
             in float64: at rounding level where the network is invariant.
-        latency: median milliseconds a batch, and with what it was measured.
+        latency: median milliseconds a batch, and with what it was measured: under a latency budget by a new ``process``
+            that loads both networks (:mod:`analysis.fresh`), else by the converting one.
         memory: peak bytes of the live tensors in a forward pass of one image, beside weights and input.
         accuracy: error in per cent at each stage: on the test images, and under ``validation`` on those.
         sensitivity: the options of each layer with their measured errors (:func:`analysis.sensitivity.to_table`), to
@@ -126,11 +128,13 @@ class ConversionReport:
         first, second = (equivariance_error(network, group, one) for network in doubled)
         self.equivariance_error = (first.max, second.max)
         if first.max > _ROUNDING:
-            self._note("the network as given is not invariant: a stride that does not fit its map, or its head")
+            self.note("the network as given is not invariant: a stride that does not fit its map, or its head")
             for inexact in first.inexact:
-                self._note(str(inexact))
-        careful = {"rounds": BUDGET_ROUNDS} if self.request.get("budget") == "latency" else {}
-        self.latency = latency(before, after, images, **careful)
+                self.note(str(inexact))
+        if self.request.get("budget") == "latency":
+            self.latency = fresh_latency(before, after, images, self.note)
+        else:
+            self.latency = {**latency(before, after, images), "process": "converting"}
         self.memory = (forward_memory(before, images[:1]), forward_memory(after, images[:1]))
 
     def measure_output(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
@@ -157,7 +161,8 @@ class ConversionReport:
             assert isinstance(after, SeparableGConv2d)
             row.form, row.rank = after.form.name, after.rank
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Add to the notes what is not among them yet."""
         if text not in self.notes:
             self.notes.append(text)
 

@@ -13,7 +13,7 @@ from gconv.conv import GConv2d, SeparableGConv2d
 from gconv.separable import check_execution
 
 from .allocators import Option
-from .execution import BUDGET_ROUNDS, faster_execution, latency, layer_inputs, layer_times
+from .execution import faster_execution, layer_inputs, layer_times
 from .report import LayerReport
 from .sensitivity import Options
 
@@ -55,12 +55,6 @@ def _timed(layer: GConv2d | SeparableGConv2d, option: Option, x: Tensor, executi
     chosen, times = faster_execution(separable, x)
     chosen = chosen if execution == "auto" else check_execution(execution)
     return replace(option, execution=chosen, milliseconds=times[chosen])
-
-
-def latency_of(before: nn.Module, after: nn.Module, images: Tensor) -> tuple[float, float]:
-    """Milliseconds of a batch, of two networks measured in turn."""
-    first, second = latency(before, after, images, rounds=BUDGET_ROUNDS)["milliseconds"]
-    return first, second
 
 
 def choose_executions(after: nn.Module, rows: Sequence[LayerReport], size: Sequence[int]) -> None:

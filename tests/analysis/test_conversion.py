@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis import building, conversion, convert, execution, planning, report, timing, to_dense
+from analysis import building, conversion, convert, execution, fresh, planning, report, timing, to_dense
 from analysis.allocators import ALLOCATORS
 from analysis.batchnorm import reestimate_batchnorm
 from analysis.finetuning import Distillation
@@ -699,7 +699,7 @@ def clock(monkeypatch):
     made = Clock()
     for module in (execution, timing):
         monkeypatch.setattr(module, "layer_times", made.layer_times)
-    for module in (timing, report):
+    for module in (fresh, report):
         monkeypatch.setattr(module, "latency", made.latency)
     return made
 

@@ -136,7 +136,7 @@ def test_an_inexact_architecture_is_reported_as_such():
 
 def test_latency_says_how_it_was_measured():
     latency = convert(network(), "gc", rank=1)[1].latency
-    assert set(latency) == {"milliseconds", "batch", "rounds", "machine", "threads"}
+    assert set(latency) == {"milliseconds", "batch", "rounds", "machine", "threads", "process"}
     assert len(latency["milliseconds"]) == 2
     assert all(0 < time < 10_000 for time in latency["milliseconds"])
     assert latency["batch"] == 16
