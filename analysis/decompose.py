@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gconv.cli import Parser, main_args, number, run
+from gconv.cli import Parser, loading, main_args, number, run
 from gconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,11 +105,15 @@ def _command(args: argparse.Namespace) -> None:
     if args.resume and not args.finetune:
         raise InputError("--resume continues fine-tuning; accepted: the options of the interrupted call, as they were")
 
-    from gconv import checkpoint
-    from gconv.files import check_output
-    from gconv.training import environment, pick_device
+    with loading():
+        import torch
 
-    from .finetuning import Distillation
+        from gconv import checkpoint
+        from gconv.files import atomic_path, check_output
+        from gconv.training import environment, pick_device
+
+        from .conversion import convert
+        from .finetuning import Distillation
 
     distillation = Distillation(weight=0) if args.distill == "none" else Distillation(target=args.distill)
     device = pick_device(args.device)
@@ -126,12 +130,6 @@ def _command(args: argparse.Namespace) -> None:
     if kind == "max_drop" and validation is None:
         what = "the network was trained on the validation images too, so nothing can be read off them"
         raise InputError(f"--max-drop: {what}; accepted: a network trained without --all-data")
-
-    import torch
-
-    from gconv.files import atomic_path
-
-    from .conversion import convert
 
     def keep(state: dict[str, Any]) -> None:
         with atomic_path(unfinished) as path, path.open("wb") as file:

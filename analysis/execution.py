@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import statistics
 import time
@@ -23,27 +24,46 @@ BUDGET_ROUNDS = 100
 """Of :func:`latency`, as far as the time goes, where a budget is to be kept: a few rounds tell it only roughly."""
 _SECONDS = 3.0
 _LAYER_SECONDS = 0.1
+_TRIAL = 3
+_HOPELESS = 2.0
 _MARGIN = 0.97  # a layer leaves the dense execution only for one that is faster beyond noise
 
 
 def medians(
-    runs: Sequence[Callable[[], object]], *, rounds: int = _ROUNDS, seconds: float = _SECONDS, cuda: bool = False
+    runs: Sequence[Callable[[], object]],
+    *,
+    rounds: int = _ROUNDS,
+    seconds: float = _SECONDS,
+    cuda: bool = False,
+    hopeless: float = math.inf,
 ) -> tuple[list[float], int]:
-    """Median milliseconds of each, taking turns so that a drift of the machine's speed hits all; and the rounds."""
+    """Median milliseconds of each, taking turns so that a drift of the machine's speed hits all; and the rounds.
+
+    Args:
+        runs: what is timed.
+        rounds: after the first, which warms up.
+        seconds: none is begun after these, but for one.
+        cuda: wait for the GPU.
+        hopeless: a run whose best of three rounds takes more than this many times the best of all is not repeated.
+    """
     keep_usual_blocks()  # as a process has that loads a network by gconv.load, whatever this one did before
     times: list[list[float]] = [[] for _ in runs]
+    racing = list(zip(runs, times, strict=True))
     began = time.perf_counter()
     for turn in range(rounds + 1):
-        for run, kept in zip(runs, times, strict=True):
+        for run, kept in racing:
             start = time.perf_counter()
             run()
             if cuda:
                 torch.cuda.synchronize()
-            if turn:  # the first turn warms up
+            if turn:
                 kept.append(1000 * (time.perf_counter() - start))
         if turn and time.perf_counter() - began > seconds:
             break
-    return [statistics.median(kept) for kept in times], len(times[0])
+        if turn == _TRIAL:
+            limit = hopeless * min(map(min, times))
+            racing = [(run, kept) for run, kept in racing if min(kept) <= limit]
+    return [statistics.median(kept) for kept in times], max(map(len, times))
 
 
 def machine(device: torch.device) -> str:
@@ -95,11 +115,14 @@ def layer_inputs(model: nn.Module, names: Sequence[str], input_shape: Sequence[i
 
 
 def layer_times(layer: nn.Module, x: Tensor, others: Sequence[nn.Module] = ()) -> list[float]:
-    """Median milliseconds of a layer and of others on the same input, in eval mode, interleaved."""
+    """Median milliseconds of a layer and of others on the same input, in eval mode, interleaved.
+
+    Those that are far from the fastest get but a few rounds, as only their order matters.
+    """
     layers = [copy.deepcopy(one).eval() for one in (layer, *others)]
     with torch.inference_mode():
         runs: list[Callable[[], object]] = [lambda one=one: one(x) for one in layers]  # type: ignore[misc]
-        return medians(runs, seconds=_LAYER_SECONDS, cuda=x.is_cuda)[0]
+        return medians(runs, seconds=_LAYER_SECONDS, cuda=x.is_cuda, hopeless=_HOPELESS)[0]
 
 
 def faster_execution(separable: SeparableGConv2d, x: Tensor) -> tuple[Execution, dict[Execution, float]]:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # of Student's t: scipy.stats, which calls it, takes long to load
 from torch import Tensor
 
 from gconv.functional import Tables
@@ -74,7 +74,7 @@ def band(value: Tensor, drawn: Tensor) -> Band:
     varies = deviation > _ROUNDING * mean.abs().clamp(min=1)
     z = torch.where(varies, (value - mean) / deviation, torch.nan)
     draws = len(drawn)
-    width = student_t.ppf((1 + _COVERED) / 2, draws - 1) * math.sqrt(1 + 1 / draws) * deviation
+    width = stdtrit(draws - 1, (1 + _COVERED) / 2) * math.sqrt(1 + 1 / draws) * deviation
     return Band(mean, mean - width, mean + width, z)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from gconv.cli import Parser, main_args, number, run
+from gconv.cli import Parser, loading, main_args, number, run
 from gconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ def _command(args: argparse.Namespace) -> None:
     if args.group is not None and len(args.files) > 1:
         raise InputError("--group is for one FILE; several are snapshots, whose records say their group")
 
-    from gconv.files import check_output
+    with loading():
+        from gconv.files import check_output
 
-    from .table import redundancy, redundancy_over_epochs
+        from .table import redundancy, redundancy_over_epochs
 
     out = None if args.csv is None else check_output(args.csv, force=args.force)
     if len(args.files) > 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from gconv.cli import Parser, main_args, number, run
+from gconv.cli import Parser, loading, main_args, number, run
 from gconv.errors import InputError, one_of
 
 if TYPE_CHECKING:
@@ -400,12 +400,13 @@ def _command(args: argparse.Namespace) -> None:
     budgets: Sequence[float | str] = BUDGETS if given is None else given.split(",")
     _budgets(unit, budgets)
 
-    import matplotlib
+    with loading():
+        import matplotlib
 
-    from gconv import checkpoint
-    from gconv.training import pick_device
+        from gconv import checkpoint
+        from gconv.training import pick_device
 
-    from .decompose import _data
+        from .decompose import _data
 
     matplotlib.use("agg")
     device = pick_device(args.device)

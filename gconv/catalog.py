@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .cli import Parser, main_args, run
+from .cli import Parser, loading, main_args, run
 
 PROG = "python -m gconv.catalog"
 _COLUMNS = ("file", "model", "group", "form", "width", "parameters", "trained on", "seed", "epochs", "test error")
@@ -42,7 +42,8 @@ def table(paths: Sequence[str]) -> str:
 def _row(path: str) -> tuple[str, ...]:
     from pathlib import Path
 
-    from .checkpoint import layer_choices, read
+    with loading():
+        from .checkpoint import layer_choices, read
 
     checkpoint = read(path)
     spec, record = checkpoint.model.spec, checkpoint.record

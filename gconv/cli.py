@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from .errors import InputError
@@ -40,6 +42,27 @@ def run(prog: str, command: Callable[[], None]) -> int:
         print(f"\n{prog}: interrupted; no half-written file was left behind", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For the imports of a command: the garbage collector passes over what they make, now and when the process ends.
+
+    It would go through the objects of PyTorch's modules many times while they load, and once more at the end; they
+    all stay, and it takes half as long as the imports themselves. Where PyTorch is there already, as in a
+    notebook, the process is not the command's own, and its collector is left as it is.
+    """
+    collecting = gc.isenabled()
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Callable[[str], int | float]:

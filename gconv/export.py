@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .cli import Parser, main_args, run
+from .cli import Parser, loading, main_args, run
 from .errors import InputError, one_of
 
 if TYPE_CHECKING:
@@ -235,7 +235,8 @@ def _command(args: argparse.Namespace) -> None:
 
     out = check_output(args.out or f"{Path(args.checkpoint).stem}-exported{suffix}", force=args.force)
 
-    from .checkpoint import load
+    with loading():
+        from .checkpoint import load
 
     net = load(args.checkpoint)
     if out.exists() and out.samefile(args.checkpoint):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, main_args, number, run
+from .cli import Parser, loading, main_args, number, run
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class _Run:
 
 
 def _command(args: argparse.Namespace) -> None:
-    from .distributed import joined
+    with loading():
+        from .distributed import joined
 
     with joined(args.device) as device:
         _train(args, device)

@@ -837,6 +837,19 @@ def test_help_is_there_before_pytorch_is(tmp_path):
     }  # fmt: skip
 
 
+def test_nothing_is_loaded_that_is_slow_to_load_and_not_needed(tmp_path):
+    slow = {
+        "torch._dynamo", "torch._inductor", "sympy", "scipy", "sklearn", "pandas", "seaborn", "matplotlib.pyplot",
+    }  # fmt: skip
+    code = (
+        "import sys, analysis.decompose\n"
+        f"code = analysis.decompose.main([{str(small(tmp_path / 'net.pt'))!r}])\n"
+        f"print(code, {slow} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "0 set()\n")
+
+
 def test_the_examples_in_the_help_are_commands():
     parsers = {"analysis.decompose": decompose.parser(), "gconv.train": gconv.train.parser()}
     examples = re.findall(r"^  python -m (\S+) ([^(\n]+)", decompose.parser().format_help(), re.MULTILINE)

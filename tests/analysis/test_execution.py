@@ -96,6 +96,15 @@ def test_it_ends_when_the_time_is_up_but_never_without_a_round(clock, seconds, r
     assert count == rounds
 
 
+def test_what_is_far_behind_is_not_repeated_and_one_slow_round_is_not_far_behind(clock):
+    durations = [[5, 9, 2, 9, *[3] * 6], [5, *[5] * 9], [5, 4, *[3] * 8], [1, *[4] * 9]]
+    log = []
+    times, count = medians(runs_of(clock, durations, log), rounds=9, seconds=1e9, hopeless=2)
+    assert [log.count(run) for run in range(4)] == [10, 4, 10, 4]
+    assert times == pytest.approx([3, 5, 3, 4])
+    assert count == 9
+
+
 def test_the_device_is_waited_for(clock, monkeypatch):
     def wait():
         clock.now += 0.005

@@ -1,5 +1,7 @@
 """What is drawn is what was measured."""
 
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -76,6 +78,21 @@ def test_the_legend_names_every_layer_once_and_stays_inside_the_figure(count):
     assert whole.y0 <= box.y0 < box.y1 <= whole.y1
     assert whole.x0 <= box.x0 < box.x1 <= whole.x1
     assert max(axis.get_window_extent().x1 for axis in figure.axes) <= box.x0
+
+
+@pytest.mark.parametrize("style", [{}, {"font.size": 20}, {"figure.constrained_layout.use": True, "figure.dpi": 60}])
+@pytest.mark.parametrize("forms", [1, 3, 5])
+def test_panels_are_of_one_size_and_what_is_written_has_room(forms, style):
+    layers = [{**row, "explained_energy": dict(list(row["explained_energy"].items())[:forms])} for row in rows(6)]
+    with plt.rc_context(style):
+        figure = plot_spectra(layers)
+        figure.canvas.draw()
+    inches = [axis.bbox.transformed(figure.dpi_scale_trans.inverted()) for axis in figure.axes]
+    assert np.ptp([box.size for box in inches], axis=0) == pytest.approx([0, 0])
+    assert (inches[0].width, inches[0].height) == pytest.approx((3.4, 2.9))
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    assert all(figure.bbox.x0 <= box.x0 and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_layers_are_told_apart_and_other_figures_keep_their_style():

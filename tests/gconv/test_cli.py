@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import gc
+import subprocess
+import sys
 
-from gconv.cli import Parser, main_args, number, run
+import pytest
+import torch  # noqa: F401  # so that it is there, as in a notebook
+
+from gconv.cli import Parser, loading, main_args, number, run
 from gconv.errors import InputError, one_of
 
 
@@ -69,6 +74,51 @@ def test_run_hides_no_failure_of_ours(error):
 
     with pytest.raises(error, match="ours"):
         run("prog", command)
+
+
+def test_the_collector_of_a_process_that_has_pytorch_is_left_alone():
+    frozen = gc.get_freeze_count()
+    with loading():
+        assert gc.isenabled()
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, frozen)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_a_command_loads_and_then_passes_over_what_was_loaded(enabled):
+    code = f"""
+import gc
+from gconv.cli import loading
+if not {enabled}: gc.disable()
+try:
+    with loading():
+        print(gc.isenabled(), gc.get_freeze_count())
+        made = [[] for _ in range(1000)]
+        raise ImportError
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"False 0\n{enabled} True\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("gconv.train", ["rotdigits", "--resume", "missing.pt"]),
+        ("gconv.export", ["missing.pt"]),
+        ("gconv.catalog", ["missing.pt"]),
+        ("analysis.decompose", ["missing.pt"]),
+        ("analysis.redundancy", ["missing.pt"]),
+        ("analysis.sweep", ["missing.pt"]),
+    ],
+)
+def test_every_command_loads_pytorch_that_way(command, arguments, tmp_path):
+    code = (
+        f"import gc, sys; from {command} import main; code = main({arguments})\n"
+        "print(code, 'torch' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 50_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "2 True True True\n", done.stderr
 
 
 @pytest.mark.parametrize(
