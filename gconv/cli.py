@@ -48,9 +48,9 @@ def run(prog: str, command: Callable[[], None]) -> int:
 def loading() -> Iterator[None]:
     """For the imports of a command: the garbage collector passes over what they make, now and when the process ends.
 
-    It would go through the objects of PyTorch's modules many times while they load, and once more at the end; they
-    all stay, and it takes half as long as the imports themselves. Where PyTorch is there already, as in a
-    notebook, the process is not the command's own, and its collector is left as it is.
+    It would go through the objects of PyTorch's modules many times while they load, and once more at the end, though
+    they all stay. Where PyTorch is there already, as in a notebook, the process is not the command's own, and its
+    collector is left as it is.
     """
     collecting = gc.isenabled()
     if "torch" in sys.modules:
