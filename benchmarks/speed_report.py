@@ -47,7 +47,7 @@ BACKWARD = 1.2
 
 
 def load(folder: Path) -> dict[str, Rows]:
-    """The rows of each section that has a record.
+    """The rows of each section that has a record, each row with its section: only rows of one were measured in turns.
 
     Raises:
         InputError: there is none.
@@ -55,7 +55,7 @@ def load(folder: Path) -> dict[str, Rows]:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not records:
         raise InputError(f"no records in {folder}; `python -m benchmarks.speed` makes them")
-    return {record["section"]: record["rows"] for record in records}
+    return {record["section"]: [{**row, "section": record["section"]} for row in record["rows"]] for record in records}
 
 
 def table(folder: Path, *, every: bool = False) -> str:
@@ -78,18 +78,24 @@ def _on_cpu(sections: dict[str, Rows]) -> Rows:
     return [row for name, of_section in sections.items() if name != "gpu" for row in of_section]
 
 
+def networks(rows: Rows) -> dict[tuple[str, str, str, int], dict[str, dict[str, Any]]]:
+    """The rows of networks by section, subject, direction and batch, and then by variant: what can be compared."""
+    found: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("direction") in ("training", "inference") and "request" not in row:
+            key = row["section"], row["subject"], row["direction"], row["batch"]
+            found.setdefault(key, {})[row["variant"]] = row
+    return found
+
+
 def ratio(rows: Rows, bar: Bar) -> tuple[float, str] | None:
     """The time of ours over that of the fastest of the others, and which that is; None without records of both."""
-    times = {
-        row["variant"]: row["median_ms"]
-        for row in rows
-        if (row["subject"], row.get("direction"), row.get("batch")) == (bar.subject, bar.direction, bar.batch)
-    }
-    others = {name: times[name] for name in bar.others if name in times}
-    if bar.ours not in times or not others:
-        return None
-    best = min(others, key=lambda name: others[name])
-    return times[bar.ours] / others[best], best
+    for (_, *key), variants in networks(rows).items():
+        others = [name for name in bar.others if name in variants]
+        if key == [bar.subject, bar.direction, bar.batch] and bar.ours in variants and others:
+            best = min(others, key=lambda name: variants[name]["median_ms"])
+            return variants[bar.ours]["median_ms"] / variants[best]["median_ms"], best
+    return None
 
 
 def _bars(rows: Rows) -> str:
@@ -115,13 +121,9 @@ def _bars(rows: Rows) -> str:
 
 def _networks(rows: Rows) -> str:
     """Times of the networks, with the fastest dense limit at 1."""
-    keys: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if row.get("direction") in ("training", "inference") and "request" not in row:
-            keys.setdefault((row["subject"], row["direction"], row["batch"]), {})[row["variant"]] = row
 
     def lines() -> Iterator[tuple[str, ...]]:
-        for (subject, direction, batch), variants in keys.items():
+        for (_, subject, direction, batch), variants in networks(rows).items():
             dense = [variants[name] for name in DENSE if name in variants]
             limit = min(dense, key=lambda row: row["median_ms"]) if dense else None
             for name, row in variants.items():
@@ -303,14 +305,12 @@ def _network_bars(axis: Any, rows: Rows, direction: str, colors: Any) -> None:
     position = 0
     ticks, labels = [], []
     for subject, batch in (("p4cnn", 128), ("p4m-resnet44", 32)):
-        own = {
-            row["variant"]: row
-            for row in rows
-            if (row["subject"], row.get("direction"), row.get("batch")) == (subject, direction, batch)
-        }
-        if not own:
+        key = [subject, direction, batch]
+        found = [own for (_, *of), own in networks(rows).items() if of == key and any(name in own for name in DENSE)]
+        if not found:
             continue
-        limit = min(own[name]["median_ms"] for name in DENSE)
+        own = found[0]
+        limit = min(own[name]["median_ms"] for name in DENSE if name in own)
         for name in (name for name in variants if name in own):
             ours = name.startswith("gconv")
             low, high = (value / limit for value in own[name]["quartiles_ms"])
