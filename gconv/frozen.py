@@ -56,7 +56,7 @@ class Frozen:
         pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._tensors} if self._by_value else {}
         flat = [t.detach().new_empty(0).set_(t.untyped_storage()) for t in pieces.values()]
         self._memory = [(piece, piece.clone()) for piece in flat]
-        self._versions = [] if self._by_value else self._counted()
+        self._versions = self._counted() if self._fits and not self._by_value else []
 
     def run(self, images: Tensor) -> Tensor:
         """The class scores; only where there is a program."""

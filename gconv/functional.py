@@ -103,7 +103,11 @@ def on_tensor_cores(x: Tensor) -> bool:
 
     There multiply-accumulates cost next to nothing, and what counts is the memory format.
     """
-    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.device.type != "cuda":
+        return False
+    if torch.compiler.is_compiling():  # what follows is no part of a graph
+        return True
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
     return half or (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)

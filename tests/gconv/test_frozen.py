@@ -201,3 +201,18 @@ def test_batches_run_with_relu_inside_the_convolutions():
     inside = [type(module).__name__ for module in made.batched.modules()].count("_ConvReLU")
     assert inside == 6  # of seven convolutions the second has its ReLU behind the pooling
     assert {id(p) for p in made.batched.parameters()} == {id(p) for p in made.plain.parameters()}
+
+
+def test_by_counters_as_on_a_gpu_it_sees_what_is_changed_in_place():
+    net, images = fused()
+    made = Frozen(net)
+    made._by_value, made.batched, made._versions = False, None, made._counted()
+    torch.testing.assert_close(made.run(images), layers(net, images), rtol=1e-5, atol=1e-5)
+    assert made.is_of(net)
+    with torch.no_grad():
+        net.conv2.weight.mul_(1)  # the same values, but nobody has looked
+    assert not made.is_of(net)
+    again = Frozen(net)
+    again._by_value, again._versions = False, again._counted()
+    net.load_state_dict(net.state_dict())
+    assert not again.is_of(net)
