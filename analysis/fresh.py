@@ -1,6 +1,6 @@
 """Latency as a process has it that only loads two saved networks and runs them in turn, as their users will.
 
-A process that has just converted one takes up to a tenth longer for both. So where a budget of time is to be kept,
+A process that has just converted one has memory and caches with a history. So where a budget of time is to be kept,
 ``python -m analysis.fresh`` measures, on the same device with the same threads and the same environment.
 """
 

@@ -270,6 +270,20 @@ def test_the_time_in_a_new_process_is_what_decides_and_what_is_reported(monkeypa
     assert not here
 
 
+@pytest.mark.parametrize(("again", "noted"), [(10.0, False), (10.5, True)])
+@pytest.mark.parametrize("budget", [0.5, "10ms"])
+def test_a_budget_that_is_met_when_chosen_and_not_when_measured_again(monkeypatch, budget, again, noted):
+    times = iter([(20.0, 20.0), (20.0, 9.0), (20.0, again)])  # before, while and after choosing
+    monkeypatch.setattr(timing, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
+    monkeypatch.setattr(execution, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
+    monkeypatch.setattr(fresh, "_in_new_process", lambda *_: {"milliseconds": list(next(times))})
+    report = convert(network(), "gc", latency=budget)[1]
+    assert report.latency["milliseconds"] == [20.0, again]
+    notes = [note for note in report.notes if "measured again" in note]
+    assert len(notes) == noted
+    assert all("10.5 ms" in note and "is 10 ms" in note for note in notes)
+
+
 def test_other_budgets_start_no_process(monkeypatch):
     monkeypatch.setattr(fresh.subprocess, "run", pytest.fail)
     for budget in ({"rank": 1}, {"params": 0.7}, {"macs": 0.9}):
