@@ -68,7 +68,7 @@ def draw_spectra(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
 def _arrange(figure: Figure, axes: np.ndarray, legend: Legend) -> None:
     """Panels of one size, and a figure as large as they need with what is written around the first, and the legend.
 
-    Constrained layout, which would measure what is around each panel twice, takes as long as all the drawing.
+    Constrained layout would measure what is around every panel, and that twice.
     """
     first: Axes = axes[0, 0]
     inner, outer = first.bbox, first.get_tightbbox()

@@ -22,8 +22,8 @@ from .irreps import regular_blocks
 _OVERHEAD = 94
 """What a change of basis costs for each value of the maps that are read and written, in multiply-accumulates.
 
-It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores; see
-``benchmarks/speed_layers.py``.
+It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores, when large direct mixes
+were matrix products still; ``benchmarks/speed_layers.py`` measures what the rule gives.
 """
 
 
@@ -138,7 +138,7 @@ class IrrepMixing:
 
 
 _SMALL = 1 << 26
-"""Multiply-accumulates up to which a matrix product is faster than the same as a convolution, which prepares more."""
+"""Multiply-accumulates up to which the mix is a matrix product: a convolution prepares more."""
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
