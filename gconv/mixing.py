@@ -22,8 +22,8 @@ from .irreps import regular_blocks
 _OVERHEAD = 94
 """What a change of basis costs for each value of the maps that are read and written, in multiply-accumulates.
 
-It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores, when large direct mixes
-were matrix products still; ``benchmarks/speed_layers.py`` measures what the rule gives.
+It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores, when direct mixes were
+matrix products at every size; ``benchmarks/speed_layers.py`` measures what the rule gives.
 """
 
 
