@@ -166,6 +166,7 @@ class Planner:
     def _milliseconds(self, network: nn.Module, images: Tensor) -> tuple[float, float]:
         """Of a batch, by the network as given and by another one, as a new process takes."""
         before, after = fresh_latency(self.request.before, network, images, self.report.note)["milliseconds"]
+        self.report.latency.setdefault("original", []).append(before)
         return before, after
 
     def _search(self) -> tuple[Plan, Built]:

@@ -41,6 +41,8 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
     memory = " → ".join(f"{size / 2**20:.1f}" for size in report.memory)
     batch = report.latency["batch"]
     console.print(f"forward pass, batch {batch}: {before:.1f} → {after:.1f} ms ({machine})")
+    if original := report.latency.get("original"):
+        console.print(f"while converting, the original was measured at {min(original):.1f} to {max(original):.1f} ms")
     console.print(f"peak memory of one image: {memory} MiB")
     if "allocation_why" in report.request:
         console.print(f"allocation: {report.request['allocation_why']}")

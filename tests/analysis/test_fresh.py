@@ -81,6 +81,7 @@ def test_under_a_latency_budget_a_new_process_measures_what_is_reported(here, tm
     assert not here
     milliseconds, rounds = report.latency.pop("milliseconds"), report.latency.pop("rounds")
     assert report.latency == {
+        "original": milliseconds[:1],
         "batch": 16,
         "machine": machine(torch.device("cpu")),
         "threads": threads + 1,
@@ -122,7 +123,7 @@ def test_it_measures_the_two_networks_on_the_images_as_they_are(monkeypatch):
     def latency(first, second, given, *, rounds):
         assert not any(module.training for one in (first, second) for module in one.modules())
         seen.extend((first(given), second(given), given, rounds))
-        return {}
+        return {"milliseconds": [2, 1]}
 
     def run(command, *, cwd, **_):
         monkeypatch.chdir(cwd)
@@ -132,7 +133,8 @@ def test_it_measures_the_two_networks_on_the_images_as_they_are(monkeypatch):
     monkeypatch.setattr(fresh, "latency", latency)
     monkeypatch.setattr(fresh.subprocess, "run", run)
     with torch.no_grad():
-        assert fresh_latency(before, after, images, pytest.fail) == {"process": "new"}
+        found = fresh_latency(before, after, images, pytest.fail)
+    assert found == {"milliseconds": [2, 1], "process": "new"}
     assert all(torch.equal(*pair) for pair in zip(seen[:3], [*expected, images], strict=True))
     assert seen[3] == BUDGET_ROUNDS
 
@@ -172,6 +174,62 @@ def test_an_interrupt_ends_it_and_leaves_no_files(tmp_path, monkeypatch):
     assert not Path(folder).exists()
 
 
+# --- the speed of the machine
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+    """The machine's speed at each measurement, as the milliseconds of the first network; and the seconds slept."""
+    slept = []
+
+    def set_speeds(times):
+        left = iter(times)
+
+        def latency(before, after, images, *, rounds):
+            assert rounds == BUDGET_ROUNDS
+            first = next(left)
+            return {"milliseconds": [first, first / 2]}
+
+        monkeypatch.setattr(fresh, "latency", latency)
+        return slept
+
+    clock = SimpleNamespace(perf_counter=lambda: float(sum(slept)), sleep=slept.append)
+    monkeypatch.setattr(fresh, "time", clock)
+    return set_speeds
+
+
+@pytest.mark.parametrize(
+    ("known", "times", "taken"),
+    [
+        (float("inf"), [25.0], 25.0),  # nothing to compare with
+        (20.0, [19.0], 19.0),
+        (20.0, [20.5], 20.5),  # the same speed
+        (20.0, [25.0, 24.0, 26.0, 20.1], 20.1),
+        (20.0, [25.0, 24.0, 26.0] + [30.0] * 28, 24.0),  # for half a minute
+    ],
+)
+def test_what_is_reported_is_measured_at_a_speed_that_was_seen_before(speeds, known, times, taken):
+    slept = speeds(times)
+    assert fresh.at_speed(None, None, None, known)["milliseconds"] == [taken, taken / 2]
+    assert len(slept) == len(times) - 1  # so that none is left
+
+
+def test_the_speed_to_wait_for_is_the_best_at_which_the_choice_was_made(monkeypatch):
+    given = []
+
+    def elsewhere(before, after, images, known):
+        given.append(known)
+        return {"milliseconds": [[22.0, 20.0, 21.0][len(given) - 1], 12.0]}
+
+    for module in (timing, execution):
+        monkeypatch.setattr(module, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
+    monkeypatch.setattr(fresh, "_in_new_process", elsewhere)
+    # The first is of the original alone, the second of the choice.
+    report = convert(network(), "gc", latency=0.6)[1]
+    assert given == [float("inf"), float("inf"), 20.0]
+    assert report.latency["original"] == [22.0, 20.0, 21.0]
+
+
 # --- where there is none
 
 
@@ -189,7 +247,7 @@ class Wrapped(nn.Module):
 def test_a_network_without_a_checkpoint_is_measured_here_and_the_report_says_so(here, monkeypatch):
     monkeypatch.setattr(fresh.subprocess, "run", pytest.fail)
     after, report = convert(Wrapped(network()), "gc", latency="6ms", input_shape=(1, 28, 28))
-    assert report.latency == {"milliseconds": [5.0, 4.0], "process": "converting"}
+    assert report.latency == {"milliseconds": [5.0, 4.0], "process": "converting", "original": [5.0] * len(here)}
     what = "only networks of gconv.create_model can be saved with their architecture, not "
     assert [note for note in report.notes if "latency" in note] == [f"{NOTE}{what}{Wrapped}"]
     before, measured, images, rounds = here[-1]
@@ -209,7 +267,7 @@ def test_a_network_without_a_checkpoint_is_measured_here_and_the_report_says_so(
 def test_a_process_that_fails_costs_no_conversion_but_a_line(ended, here, code, out, err, why):
     ended(code, out, err)
     report = convert(network(), "gc", latency="6ms")[1]
-    assert report.latency == {"milliseconds": [5.0, 4.0], "process": "converting"}
+    assert report.latency == {"milliseconds": [5.0, 4.0], "process": "converting", "original": [5.0] * len(here)}
     assert [note for note in report.notes if "latency" in note] == [f"{NOTE}the new one ended with {why}"]
 
 
@@ -255,7 +313,7 @@ def test_the_time_in_a_new_process_is_what_decides_and_what_is_reported(monkeypa
     def layer_times(layer, x, others=()):
         return [0.25 if converted(one) else 2.0 for one in (layer, *others)]
 
-    def elsewhere(before, after, images):
+    def elsewhere(before, after, images, known):
         return {"milliseconds": [10.0 if converted(model) else 20.0 for model in (before, after)]}
 
     for module in (execution, timing):
@@ -263,7 +321,7 @@ def test_the_time_in_a_new_process_is_what_decides_and_what_is_reported(monkeypa
     monkeypatch.setattr(fresh, "_in_new_process", elsewhere)
     for value in (0.5, "10ms"):
         report = convert(network(), "gc", latency=value)[1]
-        assert report.latency == {"milliseconds": [20.0, 10.0], "process": "new"}
+        assert report.latency == {"milliseconds": [20.0, 10.0], "process": "new", "original": [20.0, 20.0, 20.0]}
         assert report.request["limit"] == 10
     with pytest.raises(InputError, match=r"the nearest that was measured is 0\.500 of the network's$"):
         convert(network(), "gc", latency=0.49)
