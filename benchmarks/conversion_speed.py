@@ -3,8 +3,8 @@
 From the root of the repository, on an otherwise idle machine: ``python -m benchmarks.conversion_speed resnet`` converts
 a p4m-ResNet44 (2.6 million parameters, untrained) by energy, without data and with 512 random images, each in a process
 of its own; ``… latency`` converts the two P4CNNs of ``checkpoints/`` under a latency budget, and has other processes
-load the saved network and measure it against the original, at the speed of the machine that the report is of: when the
-original takes what it says, if that is within half a minute. Each writes its record, ``… table`` prints them.
+load the saved network and measure it against the original, at the speed of the machine that the report is of. Each
+writes its record, ``… table`` prints them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 import gconv
 from analysis import convert
-from analysis.fresh import at_speed
+from analysis.execution import BUDGET_ROUNDS, latency
 from analysis.report import random_images
 from gconv import tables
 from gconv.data import Split
@@ -35,6 +35,7 @@ from .conversion import CHECKPOINTS, WIDE
 
 RECORDS = Path(__file__).parent / "records" / "conversion-speed"
 ENERGY, IMAGES, SHARE, PROCESSES = 0.8, 512, 0.8, 5
+NEAR, PATIENCE = 0.02, 30.0
 NARROW = "p4cnn-rotmnist-regen"
 
 
@@ -82,9 +83,24 @@ def converted(name: str, folder: str) -> dict[str, Any]:
 
 
 def measure(original: str, file: str, known: str) -> dict[str, Any]:
-    """The latency of both networks in this process."""
+    """The latency of both networks in this process, when the original takes what it is known to take.
+
+    The machine may run at another speed for many seconds; after half a minute the time nearest to that is taken.
+    """
     before, after = gconv.load(original).eval(), gconv.load(file).eval()
-    return at_speed(before, after, random_images(before, before.input_shape, 0), float(known))
+    images = random_images(before, before.input_shape, 0)
+    visits: list[dict[str, Any]] = []
+
+    def distance(visit: dict[str, Any]) -> float:
+        return abs(visit["milliseconds"][0] / float(known) - 1)
+
+    began = time.perf_counter()
+    while time.perf_counter() - began < PATIENCE:
+        visits.append(latency(before, after, images, rounds=BUDGET_ROUNDS))
+        if distance(visits[-1]) < NEAR:
+            break
+        time.sleep(1)
+    return min(visits, key=distance)
 
 
 def _in_process(*arguments: str) -> dict[str, Any]:
