@@ -16,9 +16,18 @@ from .functional import Sampling, Tables, expand, from_group_major, lies_channel
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
+from .native import Kernel, Sizes, runs, variants
 from .separable import Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
+
+
+class _How(NamedTuple):
+    """How a layer runs: its execution, the memory format of the maps, and whether the compiled kernel does it."""
+
+    execution: Execution
+    channels_last: bool
+    compiled: bool = False
 
 
 class _Prepared(NamedTuple):
@@ -34,11 +43,11 @@ class _Prepared(NamedTuple):
 class _Cache(NamedTuple):
     """What was prepared, and from what: how the layer runs, and copies of the parameters."""
 
-    how: tuple[Execution, bool]
+    how: _How
     parameters: list[Tensor]
     prepared: _Prepared
 
-    def is_of(self, how: tuple[Execution, bool], parameters: list[Tensor]) -> bool:
+    def is_of(self, how: _How, parameters: list[Tensor]) -> bool:
         """Whether these are still the same, by value: no version counter sees every way to change a parameter."""
         pairs = zip(parameters, self.parameters, strict=False)
         return (
@@ -165,8 +174,8 @@ class _GroupConv(nn.Module, ABC):
         return from_group_major(self._run(x, self._prepared(x)), self.group.order)
 
     @abstractmethod
-    def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
-        """The filters of the convolutions, from the parameters; for maps in that memory format."""
+    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
+        """The filters of the convolutions, from the parameters; with a bias ``[S O]``, where they take that too."""
 
     def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
         """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
@@ -177,26 +186,31 @@ class _GroupConv(nn.Module, ABC):
         (weight,) = prepared.filters
         return F.conv2d(x, weight, prepared.bias, *self.sampling)
 
-    def _prepare(self, channels_last: bool) -> _Prepared:
+    def _prepare(self, how: _How) -> _Prepared:
         bias = None if self.bias is None else self.bias.repeat(self.group.order)
-        return _Prepared(self._new_filters(channels_last), bias)
+        return _Prepared(self._new_filters(how, bias), bias)
+
+    def _is_compiled(self, x: Tensor) -> bool:
+        """Whether the compiled kernel runs this layer on this map."""
+        return False
 
     def _prepared(self, x: Tensor) -> _Prepared:
         """What runs on this input, made anew or kept from before."""
-        last = lies_channels_last(x)
+        how = _How(self.execution, lies_channels_last(x))
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return self._prepare(last)
+            return self._prepare(how)
         parameters = [p for p in (getattr(self, name) for name in (*self._factors, "bias")) if p is not None]
         # Tensors of other types stand in for the layer's own: of functional calls, parametrisations, tracers.
         plain = type(x) is Tensor and all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)
+        if plain and self._is_compiled(x):
+            how = how._replace(compiled=True)
         # Autocast may round what is prepared.
         if not plain or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             self._cache = None
-            return self._prepare(last)
+            return self._prepare(how)
         cache = self._cache  # read once: another thread may replace it
-        how = self.execution, last
         if cache is None or not cache.is_of(how, parameters):
-            cache = _Cache(how, [p.detach().clone() for p in parameters], self._prepare(last))
+            cache = _Cache(how, [p.detach().clone() for p in parameters], self._prepare(how))
             self._cache = cache
         return cache.prepared
 
@@ -249,8 +263,8 @@ class _FullConv(_GroupConv):
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_shared()
 
-    def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
-        return (self._expanded(self.weight, channels_last),)
+    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
+        return (self._expanded(self.weight, how.channels_last),)
 
 
 class LiftingConv2d(_FullConv):
@@ -344,7 +358,7 @@ class SeparableGConv2d(_GroupConv):
     @staticmethod
     def default_execution(form: Form, group: Group, out_channels: int, in_channels: int) -> Execution:
         """How a layer of this form and size runs unless it is told."""
-        irrep = "irrep" in form.executions and basis_of(group).pays(out_channels, in_channels)
+        irrep = "irrep" in form.executions and basis_of(group).pays(out_channels, in_channels, compiled=bool(variants()))
         return "irrep" if irrep else form.default_execution
 
     def _add_filter(self, like: dict[str, Any]) -> None:
@@ -375,21 +389,37 @@ class SeparableGConv2d(_GroupConv):
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
 
-    def _new_filters(self, channels_last: bool) -> tuple[Any, ...]:
+    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
         if self.execution == "dense":
-            return (self._expanded(self.weight, channels_last),)
+            return (self._expanded(self.weight, how.channels_last),)
         basis = self._basis_for(self.execution)
-        if basis is not None and self.mix.is_cuda and not torch.compiler.is_compiling():
+        if basis is not None and not torch.compiler.is_compiling():
             # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
             direct = on_tensor_cores(self.mix)
             basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)
-        return self.form.filters(self.mix, self.spatial, self.tables, basis)
+        w, d = self.form.filters(self.mix, self.spatial, self.tables, basis)
+        if not how.compiled:
+            return w, d
+        kernel = Kernel(self._kernel_sizes, w, d, bias, self._run_slowly)
+        return (kernel if torch.is_grad_enabled() else kernel.kept(),)
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         if self.execution == "dense":
             return super()._run(x, prepared)
-        w, d = prepared.filters
-        return self.form.run(x, w, d, prepared.bias, self.filter_shape, self.rank, self.sampling)
+        if len(prepared.filters) == 1:
+            return prepared.filters[0].run(x)
+        return self._run_slowly(x, *prepared.filters, prepared.bias)
+
+    def _run_slowly(self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None) -> Tensor:
+        return self.form.run(x, w, d, bias, self.filter_shape, self.rank, self.sampling)
+
+    def _is_compiled(self, x: Tensor) -> bool:
+        return self.execution != "dense" and "irrep" in self.form.executions and runs(x, self._kernel_sizes)
+
+    @property
+    def _kernel_sizes(self) -> Sizes:
+        o, i, s, k = self.filter_shape
+        return Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
 
     def _basis_for(self, execution: str) -> Basis | None:
         return self._basis if execution == "irrep" else None

@@ -8,9 +8,9 @@ takes as it lies in memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from .groups import Group
 from .irreps import regular_blocks
 
 _OVERHEAD = 94
-"""What a change of basis costs for each value of the maps that are read and written, in multiply-accumulates.
+"""What a change of basis by PyTorch costs for each value of the maps that it reads and writes, in multiply-accumulates.
 
 It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores, when direct mixes were
 matrix products at every size; ``benchmarks/speed_layers.py`` measures what the rule gives.
@@ -45,10 +45,14 @@ class Basis(NamedTuple):
         """Multiply-accumulates of a mix for each pair of channels, without the changes of basis."""
         return sum(n * m.shape[1] ** 2 for n, m in zip(self.copies, self.matrices, strict=True))
 
-    def pays(self, out_channels: int, in_channels: int) -> bool:
-        """Whether a mix is faster in this basis than direct, by a rule that was fitted to measurements."""
+    def pays(self, out_channels: int, in_channels: int, *, compiled: bool) -> bool:
+        """Whether a mix is faster in this basis than direct: with the compiled kernel where it has fewer operations.
+
+        By PyTorch's operations the changes of basis cost more; that rule was fitted to measurements.
+        """
         order, pairs = len(self.basis), out_channels * in_channels
-        return self.macs * pairs + _OVERHEAD * order * (out_channels + in_channels) < order**2 * pairs
+        change = order if compiled else _OVERHEAD
+        return self.macs * pairs + change * order * (out_channels + in_channels) < order**2 * pairs
 
 
 @cache
@@ -86,6 +90,17 @@ class DirectMixing:
     """
 
     weights: Tensor
+    copies: ClassVar[tuple[int, ...]] = (1,)
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The weights as those of :class:`IrrepMixing` are kept: ``[R, written, read]`` for every kind of block."""
+        return (self.weights,)
+
+    def with_matrices(self, matrices: tuple[Tensor, ...]) -> DirectMixing:
+        """The same mixing with other weights."""
+        (weights,) = matrices
+        return DirectMixing(weights)
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
         for weight in self.weights.unbind():
@@ -113,6 +128,15 @@ class IrrepMixing:
     basis: Tensor
     copies: tuple[int, ...]
     weights: tuple[Tensor, ...]
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The weights."""
+        return self.weights
+
+    def with_matrices(self, matrices: tuple[Tensor, ...]) -> IrrepMixing:
+        """The same mixing with other weights."""
+        return replace(self, weights=matrices)
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
         turned = _in_basis(_rows(x), self.basis.mT)

@@ -1,0 +1,15 @@
+"""What pyproject.toml cannot say: the compiled kernel, which is left out where it cannot be built."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "gconv._separable",
+            ["gconv/csrc/separable.c"],
+            depends=["gconv/csrc/rows.h"],
+            extra_compile_args=["-O3", "-fopenmp"],  # and not linked with OpenMP: PyTorch has loaded its own
+            optional=True,
+        )
+    ]
+)
