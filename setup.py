@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "gconv._separable",
-            ["gconv/csrc/separable.c"],
+            "gconv._compiled",
+            ["gconv/csrc/norm.c", "gconv/csrc/separable.c"],
             depends=["gconv/csrc/rows.h"],
             extra_compile_args=["-O3", "-fopenmp"],  # and not linked with OpenMP: PyTorch has loaded its own
             optional=True,

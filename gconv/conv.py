@@ -16,7 +16,7 @@ from .functional import Sampling, Tables, expand, from_group_major, lies_channel
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
-from .native import Kernel, Sizes, runs, variants
+from .onepass import Kernel, Sizes, runs, variants
 from .separable import Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
@@ -358,7 +358,9 @@ class SeparableGConv2d(_GroupConv):
     @staticmethod
     def default_execution(form: Form, group: Group, out_channels: int, in_channels: int) -> Execution:
         """How a layer of this form and size runs unless it is told."""
-        irrep = "irrep" in form.executions and basis_of(group).pays(out_channels, in_channels, compiled=bool(variants()))
+        irrep = "irrep" in form.executions and basis_of(group).pays(
+            out_channels, in_channels, compiled=bool(variants())
+        )
         return "irrep" if irrep else form.default_execution
 
     def _add_filter(self, like: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .compiled import library, norm, norm_backward, norm_train, takes
 from .distributed import processes, sum_over_processes
 from .errors import InputError
-from .functional import from_group_major, is_channels_last, to_group_major
+from .functional import from_group_major, is_channels_last, lies_channels_last, to_group_major
 from .functional import relu as relu_of
 
 _aten = torch.ops.aten
@@ -37,12 +38,7 @@ class GroupBatchNorm2d(_BatchNorm):
         x = to_group_major(input)
         order = x.shape[1] // input.shape[1]
         if not (self.training or self.running_mean is None):
-            mean, var, weight, bias = (
-                of if of is None or order == 1 else of.repeat(order)
-                for of in (self.running_mean, self.running_var, self.weight, self.bias)
-            )
-            y = F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
-            y = relu_of(y) if relu else y
+            y = self._normalised_as_before(x, order, relu)
         elif order > 1 and x.is_cuda and processes() == 1 and not torch.compiler.is_compiling():
             y = _planar(super().forward(_elements_as_images(x, order)), x)
             y = relu_of(y) if relu else y
@@ -52,6 +48,19 @@ class GroupBatchNorm2d(_BatchNorm):
             y = super().forward(input)
             return relu_of(y) if relu else y
         return y.view(input.shape) if order == 1 else from_group_major(y, order)
+
+    def _normalised_as_before(self, x: Tensor, order: int, relu: bool) -> Tensor:
+        """By the running statistics."""
+        assert self.running_mean is not None and self.running_var is not None
+        given = self.weight, self.bias, self.running_mean, self.running_var
+        plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if plain and self.affine and not torch.jit.is_tracing() and _is_compiled(x):  # type: ignore[attr-defined]
+            factor = self.weight * (self.running_var + self.eps).rsqrt()
+            offset = torch.addcmul(self.bias, factor, self.running_mean, value=-1)
+            return norm(x, *_of_maps((factor, offset), order), relu)
+        weight, bias, mean, var = (of if of is None or order == 1 else of.repeat(order) for of in given)
+        y = F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
+        return relu_of(y) if relu else y
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # done in forward
@@ -119,21 +128,28 @@ class _Normalise(torch.autograd.Function):
     """Batch norm of group-major ``[N, S C, H, W]``, and ReLU if asked; S maps, and all processes, share statistics.
 
     On a CPU the time goes into passes over the maps, and into new memory for them, so there is as little of both as
-    PyTorch's operations allow.
+    possible: by compiled functions, or as PyTorch's operations allow.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        mean, var, count = _statistics(x, order)
-        if count <= 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-        y = _aten.native_batch_norm(x, *_of_maps((weight, bias, mean, var), order), False, 0.0, eps)[0]
-        if relu:
-            y.relu_()
+        compiled = processes() == 1 and weight.dtype == torch.float32 and _is_compiled(x)
+        count = x.numel() // weight.numel()
+        if compiled and count > 1:
+            y, mean, var = norm_train(x, weight, bias, order, eps, relu)
+        else:
+            mean, var, count = _statistics(x, order)
+            if count <= 1:
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
+                )
+            y = _aten.native_batch_norm(x, *_of_maps((weight, bias, mean, var), order), False, 0.0, eps)[0]
+            if relu:
+                y.relu_()
         ctx.save_for_backward(x, weight, bias, mean, var, y if relu else None)
-        ctx.order, ctx.eps, ctx.count = order, eps, count
+        ctx.order, ctx.eps, ctx.count, ctx.compiled = order, eps, count, compiled
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var, count
 
@@ -149,6 +165,9 @@ class _Normalise(torch.autograd.Function):
             needed = [value for value in (x, weight, bias) if value.requires_grad]
             found = iter(torch.autograd.grad(again, needed, from_group_major(grad, order), create_graph=True))
             return *(next(found) if value.requires_grad else None for value in (x, weight, bias)), None, None, None
+        if ctx.compiled:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            return *norm_backward(grad, x, y, weight, mean, var, order, eps), None, None, None
         grad = grad if y is None else _aten.threshold_backward(grad, y, 0)
         dw, db = sums = _sums(grad, x, mean, var, order, eps)
         total = sum_over_processes(sums.clone())
@@ -176,6 +195,11 @@ def _of_maps(values: tuple[Tensor, ...], order: int) -> tuple[Tensor, ...]:
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _CHUNK // (x.shape[2] * x.shape[3])))
+
+
+def _is_compiled(x: Tensor) -> bool:
+    """Whether the compiled passes are for this map."""
+    return library() is not None and lies_channels_last(x) and takes(x)
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, order: int, eps: float) -> Tensor:

@@ -1,9 +1,8 @@
-"""The compiled kernel for the forms ``gc`` and ``gc_in``, where it was built: mix and planar kernels in one pass.
+"""The forms ``gc`` and ``gc_in`` by a compiled kernel: mix and planar kernels in one pass over the maps.
 
 One after the other, on whole maps, the two are a matter of memory. ``csrc/separable.c`` takes an image row by row, so
-that what lies between them stays in the cache, forward and backward. It is for a CPU, in single precision and
-channels-last; everywhere else, and where there was no C compiler when this package was installed, the operations of
-PyTorch do the same (:meth:`gconv.separable.Form.run`).
+that what lies between them stays in the cache, forward and backward. It is for maps on a CPU, in single precision and
+channels-last; everywhere else the operations of PyTorch do the same (:meth:`gconv.separable.Form.run`).
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .compiled import address, compiled, library, takes
 from .functional import lies_channels_last
 from .mixing import DirectMixing, IrrepMixing
 
@@ -41,27 +38,13 @@ class _Layer(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they were not built, or do not go with this PyTorch."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_separable{suffix}")
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # there is no OpenMP with its symbols, for one
-                return None
-    return None
-
-
-@cache
 def variants() -> dict[int, int]:
     """The versions that run on this processor, by number, the best first; and how many floats their vectors have."""
-    compiled = library()
-    if compiled is None:
+    if library() is None:
         return {}
     found: dict[int, int] = {}
     number = 0
-    while (lanes := compiled.gconv_lanes(number)) >= 0:
+    while (lanes := compiled().gconv_lanes(number)) >= 0:
         if lanes:
             found[number] = lanes
         number += 1
@@ -89,16 +72,14 @@ class Sizes(NamedTuple):
 
 def runs(x: Tensor, sizes: Sizes) -> bool:
     """Whether the kernel takes this map ``[N, S I, H, W]`` and this layer."""
-    if not (x.device.type == "cpu" and x.dtype == torch.float32 and lies_channels_last(x) and variants()):
+    if not (variants() and takes(x) and lies_channels_last(x)):
         return False
     s, i, o, rank, _, k, _, padding, dilation = sizes
     known = dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER
     some = len(x) > 0 and min(sizes.output(x)) > 0
     pixels = (x.shape[2] + 2 * k) * (x.shape[3] + 2 * k)  # more than of any map
     few = pixels * s * max(i, o) * rank <= _LARGEST
-    # Of derivatives that are computed along, and of function transforms, the kernel knows nothing.
-    usual = forward_ad._current_level < 0 and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return known and some and few and usual and not torch.is_autocast_enabled("cpu")
+    return known and some and few
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,14 +157,13 @@ def forward(kernel: Kernel, x: Tensor, packed: Tensor, variant: int | None = Non
 def pack(kernel: Kernel, variant: int | None = None) -> Tensor:
     """Filters and bias as a version of the kernel reads them."""
     told = _Told.of(kernel.settings(variant))
-    sizes, mixing = kernel.sizes, kernel.mixing
     with torch.no_grad():
-        matrices = torch.cat([matrix.flatten() for matrix in mixing.matrices])
-        planes, basis = kernel.planes.contiguous(), getattr(mixing, "basis", None)
+        matrices = torch.cat([matrix.flatten() for matrix in kernel.mixing.matrices])
+        planes, basis = kernel.planes.contiguous(), getattr(kernel.mixing, "basis", None)
         packed = matrices.new_empty(told.length)
         layer = told.layer(packed)
         given = (matrices, planes, None if basis is None else basis.contiguous(), kernel.bias)
-        _compiled().gconv_pack(told.variant, ctypes.byref(layer), *map(_address, given))
+        compiled().gconv_pack(told.variant, ctypes.byref(layer), *map(address, given))
     return packed
 
 
@@ -264,22 +244,12 @@ def _rounded(values: int, lanes: int) -> int:
     return values + -values % lanes
 
 
-def _compiled() -> ctypes.CDLL:
-    compiled = library()
-    assert compiled is not None
-    return compiled
-
-
-def _address(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else _pointer(tensor.data_ptr())
-
-
 def _forward(x: Tensor, packed: Tensor, settings: list[int]) -> Tensor:
     told = _Told.of(settings)
     sizes = told.sizes
     y = x.new_empty((len(x), *sizes.output(x), sizes.order * sizes.out_channels)).permute(0, 3, 1, 2)
     layer, threads = told.layer(packed, x), torch.get_num_threads()
-    if _compiled().gconv_forward(told.variant, ctypes.byref(layer), len(x), threads, _address(x), _address(y)):
+    if compiled().gconv_forward(told.variant, ctypes.byref(layer), len(x), threads, address(x), address(y)):
         raise MemoryError("no memory for the rows of a convolution")
     return y
 
@@ -290,14 +260,14 @@ def _backward(x: Tensor, gradient: Tensor, packed: Tensor, settings: list[int]) 
     sums = x.new_zeros((threads, told.weights + told.planes))
     channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
     found = torch.empty_like(x), x.new_empty(told.matrices), x.new_empty((sizes.rank, channels, 1, sizes.k, sizes.k))
-    layer, tensors = told.layer(packed, x), map(_address, (x, gradient, sums, *found))
-    if _compiled().gconv_backward(told.variant, ctypes.byref(layer), len(x), threads, *tensors):
+    layer, tensors = told.layer(packed, x), map(address, (x, gradient, sums, *found))
+    if compiled().gconv_backward(told.variant, ctypes.byref(layer), len(x), threads, *tensors):
         raise MemoryError("no memory for the rows of a convolution")
     return found
 
 
 # As operations of PyTorch, so that what watches or records these sees one.
-_OPERATIONS = torch.library.Library("gconv", "DEF")
+_OPERATIONS = torch.library.Library("gconv", "FRAGMENT")
 _OPERATIONS.define("separable(Tensor x, Tensor packed, int[] settings) -> Tensor")
 _OPERATIONS.define(
     "separable_backward(Tensor x, Tensor gradient, Tensor packed, int[] settings) -> (Tensor, Tensor, Tensor)"

@@ -1,0 +1,127 @@
+"""The compiled part of this package, where it was built: loading it, and the passes of batch norm.
+
+``csrc`` is compiled when the package is installed, if there is a C compiler; all that it does PyTorch's operations do
+too, only slower. It shares the threads of PyTorch: its OpenMP is the one that PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """What was compiled; None where it was not, or does not go with this PyTorch."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_compiled{suffix}")
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # PyTorch has loaded no OpenMP that has its symbols, for one
+                return None
+    return None
+
+
+def compiled() -> ctypes.CDLL:
+    """The same, where it is known to be there."""
+    found = library()
+    assert found is not None
+    return found
+
+
+def takes(x: Tensor) -> bool:
+    """Whether compiled functions may read this tensor, and what they give is all that is asked of it.
+
+    They know nothing of derivatives that are computed along, of function transforms and of autocast.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and forward_ad._current_level < 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    """Where its values begin."""
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
+    """``factor x + offset`` of a channels-last map, both ``[C]``, and ReLU of it if asked."""
+    y: Tensor = torch.ops.gconv.norm(x, factor, offset, relu)
+    return y
+
+
+def norm_train(
+    x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm of a channels-last group-major map, and ReLU if asked; S values of a channel share its statistics.
+
+    Returns:
+        The map, and the mean and the variance (of n, not n - 1) of each channel.
+    """
+    y, mean, var = torch.ops.gconv.norm_train(x, weight, bias, order, eps, relu)
+    return y, mean, var
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, var: Tensor, order: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`norm_train` for the map, the weight and the bias; y is its result if that had ReLU."""
+    dx, dw, db = torch.ops.gconv.norm_backward(grad, x, y, weight, mean, var, order, eps)
+    return dx, dw, db
+
+
+def _norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
+    y = torch.empty_like(x)
+    threads, positions, channels = torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1]
+    compiled().gconv_norm(threads, positions, channels, *map(address, (x, factor, offset)), int(relu), address(y))
+    return y
+
+
+def _sizes(x: Tensor, order: int) -> tuple[int, ctypes.c_size_t, int, int]:
+    """Threads, positions, channels, and values of each."""
+    return torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1] // order, order
+
+
+def _norm_train(
+    x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    given = (*map(address, (x, weight, bias)), ctypes.c_double(eps), int(relu))
+    if compiled().gconv_norm_train(*_sizes(x, order), *given, *map(address, found)):
+        raise MemoryError("no memory for the sums of batch norm")
+    return found
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, var: Tensor, order: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    given = (*map(address, (grad, x, y, weight, mean, var)), ctypes.c_double(eps))
+    if compiled().gconv_norm_backward(*_sizes(x, order), *given, *map(address, found)):
+        raise MemoryError("no memory for the sums of batch norm")
+    return found
+
+
+# As operations of PyTorch, so that what watches or records these sees them.
+_OPERATIONS = torch.library.Library("gconv", "DEF")
+_OPERATIONS.define("norm(Tensor x, Tensor factor, Tensor offset, bool relu) -> Tensor")
+_OPERATIONS.define(
+    "norm_train(Tensor x, Tensor weight, Tensor bias, int order, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
+)
+_OPERATIONS.define(
+    "norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor var, int order, float eps)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+for _name, _function in (("norm", _norm), ("norm_train", _norm_train), ("norm_backward", _norm_backward)):
+    _OPERATIONS.impl(_name, _function, "CPU")
