@@ -297,14 +297,15 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
     const struct parts p = parts_of(l, V);
     int k = l->k, stride = l->stride, border = k - 1 - l->padding, wide = l->width + k - 1, ci = l->order * l->in_channels,
         co = l->order * l->out_channels, c = l->planar_first ? ci : co, rank = l->rank;
-    int kept = l->planar_first ? ci * rank : co, ld = padded(kept), ldi = padded(ci * rank), ldo = padded(co * rank);
+    int kept = l->planar_first ? ci * rank : co, ld = padded(kept);
+    int ldi = padded(l->planar_first ? ci * rank : ci), ldo = padded(l->planar_first ? co : co * rank);
     int positions = wide > l->out_width ? wide : l->out_width, around = l->width + 2 * l->padding;
     size_t planes = (size_t)k * k * ROUNDED(c);
     float *ring = NAME(take)(&scratch, floats(k * wide, ld));
-    float *in = NAME(take)(&scratch, floats(positions, ldi)), *out = NAME(take)(&scratch, floats(positions, ldo));
-    float *room = NAME(take)(&scratch, floats(positions, ldi > ldo ? ldi : ldo));
-    float *made = NAME(take)(&scratch, floats(positions, ldi > ldo ? ldi : ldo));
-    float *back = NAME(take)(&scratch, floats(positions, ldi > ldo ? ldi : ldo));
+    int batch = batch_of(l), most = positions * batch, longer = ldi > ldo ? ldi : ldo;
+    float *ins = NAME(take)(&scratch, floats(most, ldi)), *outs = NAME(take)(&scratch, floats(most, ldo));
+    float *room = NAME(take)(&scratch, floats(positions, longer));
+    float *mades = NAME(take)(&scratch, floats(most, longer)), *backs = NAME(take)(&scratch, floats(most, longer));
     float *image = NULL; /* with its borders left and right */
     if (l->planar_first) {
         size_t size = floats(l->height * around, padded(ci));
@@ -334,7 +335,9 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
                 int at = o * stride - l->padding + t;
                 above[t] = at < 0 || at >= l->height ? NULL : image + floats(at * around, padded(ci));
             }
-            int lde = co, ldf = ldi;
+            int lde = co, ldf = ldi, slot = o % batch * l->out_width;
+            float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades + floats(slot, ldi);
+            float *back = backs;
             const float *entered = NAME(enter)(l, p.basis_back, from, &lde, 1, l->out_channels, out, l->out_width);
             if (entered == from) { /* whose last row has no room for vectors behind it */
                 NAME(spread)(from, co, out, ldo, co, l->out_width);
@@ -347,8 +350,12 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
                 NAME(planar_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes, l->out_width);
             }
             const float *filtered = NAME(enter)(l, p.basis_back, made, &ldf, rank, l->in_channels, in, l->out_width);
-            NAME(mix_gradient)(l, filtered, ldf, entered, lde, gw, l->out_width);
+            if (slot == (batch - 1) * l->out_width || o == l->out_height - 1)
+                NAME(mix_gradient)(l, filtered - floats(slot, ldf), ldf, outs, ldo, gw, slot + l->out_width);
         }
+        int slot = i % batch * l->width;
+        float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades;
+        float *back = backs + (l->planar_first ? 0 : floats(slot, ldo));
         for (int r = 0; r < rank; r++) {
             for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && l->planar_first ? rows[dy] + r * ci : rows[dy];
             float *to = l->planar_first ? back : back + r * co;
@@ -364,7 +371,9 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
             for (int r = 0; r < rank; r++)
                 NAME(planar_gradient)(rows, ld, 1, made + r * co, ldo, k, co, gd + r * planes, l->width);
             const float *gradient = NAME(enter)(l, p.basis_back, back, &ldg, rank, l->out_channels, out, l->width);
-            NAME(mix_gradient)(l, entered, lde, gradient, ldg, gw, l->width);
+            if (slot == (batch - 1) * l->width || i == l->height - 1)
+                NAME(mix_gradient)(l, entered - floats(slot, lde), lde, gradient - floats(slot, ldg), ldg, gw,
+                                   slot + l->width);
             NAME(mix)(l, &p, 1, gradient, ldg, 1, l->in_channels, room, made, ldi, l->width);
             result = made;
         }

@@ -78,6 +78,13 @@ static inline struct parts parts_of(const struct layer *l, int lanes)
     return p;
 }
 
+/* Rows whose matrix gradients are computed together: of short ones the sums would be read and written too often. */
+static inline int batch_of(const struct layer *l)
+{
+    int width = l->planar_first ? l->out_width : l->width;
+    return width < 64 ? 64 / width : 1;
+}
+
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
 typedef void forward_rows(const struct layer *, const float *x, float *y, int first, int last, float *scratch);
@@ -170,7 +177,7 @@ static size_t scratch_bytes(const struct layer *l, int whole_image)
 {
     size_t row = padded(l->order * l->in_channels * l->rank) + padded(l->order * l->out_channels * l->rank);
     size_t wide = (l->width > l->out_width ? l->width : l->out_width) + 2 * (l->k + l->padding);
-    size_t rows = 2 * l->k + 8 + (whole_image ? l->height : 0);
+    size_t rows = 2 * l->k + 8 + (whole_image ? l->height + 4 * batch_of(l) : 0);
     return (rows * wide * row * sizeof(float) + 63) / 64 * 64;
 }
 
