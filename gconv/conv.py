@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import takes
 from .errors import InputError
 from .functional import Sampling, Tables, expand, from_group_major, lies_channels_last, on_tensor_cores, to_group_major
+from .functional import relu as relu_of
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
@@ -164,14 +166,25 @@ class _GroupConv(nn.Module, ABC):
             raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
         return to_group_major(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output ``[N, O, S, H', W']``.
+    def forward(self, x: Tensor, *, more: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The layer's output ``[N, O, S, H', W']``; plus a map of that shape, and then ReLU, if asked.
 
         Raises:
             InputError: the input's shape does not fit.
         """
         x = self._planar_input(x)
-        return from_group_major(self._run(x, self._prepared(x)), self.group.order)
+        prepared = self._prepared(x)
+        if more is not None:
+            more = to_group_major(more)
+        if self._runs_whole(prepared, more, relu):
+            return from_group_major(prepared.filters[0].run(x, more, relu), self.group.order)
+        y = self._run(x, prepared)
+        y = y if more is None else y + more
+        return from_group_major(relu_of(y) if relu else y, self.group.order)
+
+    def _runs_whole(self, prepared: _Prepared, more: Tensor | None, relu: bool) -> bool:
+        """Whether one kernel does the convolution and what comes after it."""
+        return False
 
     @abstractmethod
     def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
@@ -408,9 +421,16 @@ class SeparableGConv2d(_GroupConv):
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         if self.execution == "dense":
             return super()._run(x, prepared)
-        if len(prepared.filters) == 1:
+        if isinstance(prepared.filters[0], Kernel):
             return prepared.filters[0].run(x)
-        return self._run_slowly(x, *prepared.filters, prepared.bias)
+        w, d = prepared.filters
+        return self._run_slowly(x, w, d, prepared.bias)
+
+    def _runs_whole(self, prepared: _Prepared, more: Tensor | None, relu: bool) -> bool:
+        kernel = prepared.filters[0]
+        if not isinstance(kernel, Kernel) or (relu and kernel.packed is None):
+            return False
+        return more is None or (takes(more) and lies_channels_last(more))
 
     def _run_slowly(self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None) -> Tensor:
         return self.form.run(x, w, d, bias, self.filter_shape, self.rank, self.sampling)

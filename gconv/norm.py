@@ -57,7 +57,8 @@ class GroupBatchNorm2d(_BatchNorm):
         if plain and self.affine and not torch.jit.is_tracing() and _is_compiled(x):  # type: ignore[attr-defined]
             factor = self.weight * (self.running_var + self.eps).rsqrt()
             offset = torch.addcmul(self.bias, factor, self.running_mean, value=-1)
-            return norm(x, *_of_maps((factor, offset), order), relu)
+            factors, offsets = _of_maps((factor, offset), order)
+            return norm(x, factors, offsets, relu)
         weight, bias, mean, var = (of if of is None or order == 1 else of.repeat(order) for of in given)
         y = F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
         return relu_of(y) if relu else y

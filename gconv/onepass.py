@@ -106,13 +106,20 @@ class Kernel:
         """The same, packed: for passes without gradients."""
         return replace(self, packed=pack(self))
 
-    def run(self, x: Tensor) -> Tensor:
-        """The output ``[N, S O, H', W']`` for a map ``[N, S I, H, W]``."""
-        given = (x, self.bias, self.planes, *self.mixing.matrices)
+    def run(self, x: Tensor, more: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The output ``[N, S O, H', W']`` for a map ``[N, S I, H, W]``.
+
+        Args:
+            x: the map.
+            more: is added to the output; channels-last.
+            relu: whether ReLU comes then; only without gradients.
+        """
+        given = (x, more, self.bias, self.planes, *self.mixing.matrices)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+            assert not relu
             y: Tensor = _Differentiable.apply(self, *given)
             return y
-        return forward(self, x, pack(self) if self.packed is None else self.packed)
+        return forward(self, x, pack(self) if self.packed is None else self.packed, more=more, relu=relu)
 
     def settings(self, variant: int | None = None) -> list[int]:
         """What the kernel is told beside tensors: the version, by default the best here, the copies and the sizes."""
@@ -127,30 +134,47 @@ class _Differentiable(torch.autograd.Function):
     """The kernel with its gradients; those of these are PyTorch's."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, x: Tensor, bias: Tensor | None, planes: Tensor, *matrices: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        x: Tensor,
+        more: Tensor | None,
+        bias: Tensor | None,
+        planes: Tensor,
+        *matrices: Tensor,
+    ) -> Tensor:
         ctx.kernel, ctx.packed = kernel, pack(kernel)
         ctx.save_for_backward(x, bias, planes, *matrices)
-        return forward(kernel, x, ctx.packed)
+        return forward(kernel, x, ctx.packed, more=more)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kernel, (gradient,) = ctx.kernel, gradients
+        of_more = gradient if ctx.needs_input_grad[2] else None
         x, bias, planes, *matrices = given = ctx.saved_tensors
         if torch.is_grad_enabled():  # these gradients are to have some themselves
             y = kernel.slowly(x, kernel.mixing.with_matrices(tuple(matrices)), planes, bias)
             wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            return None, *(next(found) if t is not None and t.requires_grad else None for t in given)
+            of_x, *others = (next(found) if t is not None and t.requires_grad else None for t in given)
+            return None, of_x, of_more, *others
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         of_x, of_matrices, of_planes = torch.ops.gconv.separable_backward(x, gradient, ctx.packed, kernel.settings())
         each = of_matrices.split([matrix.numel() for matrix in matrices])
-        return None, of_x, of_bias, of_planes, *map(Tensor.view_as, each, matrices)
+        return None, of_x, of_more, of_bias, of_planes, *map(Tensor.view_as, each, matrices)
 
 
-def forward(kernel: Kernel, x: Tensor, packed: Tensor, variant: int | None = None) -> Tensor:
-    """The output of the layer, channels-last."""
-    y: Tensor = torch.ops.gconv.separable(x, packed, kernel.settings(variant))
+def forward(
+    kernel: Kernel,
+    x: Tensor,
+    packed: Tensor,
+    variant: int | None = None,
+    more: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The output of the layer, channels-last; plus a map that lies so too, and then ReLU, if asked."""
+    y: Tensor = torch.ops.gconv.separable(x, packed, more, relu, kernel.settings(variant))
     return y
 
 
@@ -226,8 +250,8 @@ def _told(settings: tuple[int, ...]) -> _Told:
         for term in range(sizes.rank):
             for _ in range(copies):
                 added = term > 0
-                rows.append((reads[term], depth, writes[term], columns, added and sizes.planar_first))
-                rows[-1] += (added and not sizes.planar_first, *starts)
+                adds = (added, False) if sizes.planar_first else (False, added)
+                rows.append((reads[term], depth, writes[term], columns, *adds, *starts))
                 reads[term] += depth
                 writes[term] += columns
             starts[0] += columns * depth
@@ -235,21 +259,23 @@ def _told(settings: tuple[int, ...]) -> _Told:
             starts[2] += _rounded(depth, lanes) * columns
     # Of terms that are added to the same values, the first must come first.
     table = torch.tensor(rows, dtype=torch.int32)
-    told = _Told(variant, sizes, bool(in_basis), bool(biased), table, *starts, 0)
+    matrices, weights, weights_back = starts
+    told = _Told(variant, sizes, bool(in_basis), bool(biased), table, matrices, weights, weights_back, length=0)
     bias = _rounded(sizes.order * sizes.out_channels, lanes)
-    return told._replace(length=sum(starts[1:]) + 2 * told.planes + 2 * sizes.order**2 + bias)
+    return told._replace(length=weights + weights_back + 2 * told.planes + 2 * sizes.order**2 + bias)
 
 
 def _rounded(values: int, lanes: int) -> int:
     return values + -values % lanes
 
 
-def _forward(x: Tensor, packed: Tensor, settings: list[int]) -> Tensor:
+def _forward(x: Tensor, packed: Tensor, more: Tensor | None, relu: bool, settings: list[int]) -> Tensor:
     told = _Told.of(settings)
     sizes = told.sizes
     y = x.new_empty((len(x), *sizes.output(x), sizes.order * sizes.out_channels)).permute(0, 3, 1, 2)
     layer, threads = told.layer(packed, x), torch.get_num_threads()
-    if compiled().gconv_forward(told.variant, ctypes.byref(layer), len(x), threads, address(x), address(y)):
+    tensors = address(x), address(more), int(relu), address(y)
+    if compiled().gconv_forward(told.variant, ctypes.byref(layer), len(x), threads, *tensors):
         raise MemoryError("no memory for the rows of a convolution")
     return y
 
@@ -268,7 +294,7 @@ def _backward(x: Tensor, gradient: Tensor, packed: Tensor, settings: list[int]) 
 
 # As operations of PyTorch, so that what watches or records these sees one.
 _OPERATIONS = torch.library.Library("gconv", "FRAGMENT")
-_OPERATIONS.define("separable(Tensor x, Tensor packed, int[] settings) -> Tensor")
+_OPERATIONS.define("separable(Tensor x, Tensor packed, Tensor? more, bool relu, int[] settings) -> Tensor")
 _OPERATIONS.define(
     "separable_backward(Tensor x, Tensor gradient, Tensor packed, int[] settings) -> (Tensor, Tensor, Tensor)"
 )

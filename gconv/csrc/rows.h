@@ -223,13 +223,16 @@ INLINE void NAME(spread)(const float *from, int ldf, float *to, size_t step, int
     for (int p = 0; p < positions; p++) memcpy(to + p * step, from + floats(p, ldf), sizeof(float) * values);
 }
 
-/* y = x + bias, without the padding of the rows of x. */
-TARGET static void NAME(finish)(const float *x, int ld, const float *bias, float *y, int c, int positions)
+/* y = x + bias + more, or ReLU of that, without the padding of the rows of x. */
+TARGET static void NAME(finish)(const float *x, int ld, const float *bias, const float *more, int relu, float *y, int c,
+                                int positions)
 {
     for (int p = 0; p < positions; p++)
         for (int j = 0; j < c; j += V) {
             vec value = NAME(load)(x + floats(p, ld) + j);
             if (bias) value += NAME(load)(bias + j);
+            if (more) value += NAME(load_part)(more + floats(p, c) + j, c - j);
+            if (relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
             NAME(store_part)(y + floats(p, c) + j, value, c - j);
         }
 }
@@ -242,7 +245,8 @@ INLINE float *NAME(take)(float **scratch, size_t size)
 }
 
 /* Output rows `first` to `last` - 1 of one image. */
-TARGET static void NAME(forward)(const struct layer *l, const float *x, float *y, int first, int last, float *scratch)
+TARGET static void NAME(forward)(const struct layer *l, const float *x, const float *more, int relu, float *y, int first,
+                                 int last, float *scratch)
 {
     const struct parts p = parts_of(l, V);
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, wide = l->width + 2 * l->padding;
@@ -285,7 +289,8 @@ TARGET static void NAME(forward)(const struct layer *l, const float *x, float *y
             NAME(mix)(l, &p, 0, entered, ldi, 1, l->out_channels, room, mixed, padded(co), l->out_width);
             result = mixed;
         }
-        NAME(finish)(result, padded(co), p.bias, y + floats(o * l->out_width, co), co, l->out_width);
+        size_t at = floats(o * l->out_width, co);
+        NAME(finish)(result, padded(co), p.bias, more ? more + at : NULL, relu, y + at, co, l->out_width);
     }
 }
 
@@ -377,7 +382,7 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
             NAME(mix)(l, &p, 1, gradient, ldg, 1, l->in_channels, room, made, ldi, l->width);
             result = made;
         }
-        NAME(finish)(result, ldi, NULL, gx + floats(i * l->width, ci), ci, l->width);
+        NAME(finish)(result, ldi, NULL, NULL, 0, gx + floats(i * l->width, ci), ci, l->width);
     }
 }
 

@@ -87,7 +87,8 @@ static inline int batch_of(const struct layer *l)
 
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
-typedef void forward_rows(const struct layer *, const float *x, float *y, int first, int last, float *scratch);
+typedef void forward_rows(const struct layer *, const float *x, const float *more, int relu, float *y, int first, int last,
+                          float *scratch);
 typedef void backward_image(const struct layer *, const float *x, const float *gy, float *gx, float *gw, float *gd,
                             float *scratch);
 
@@ -181,8 +182,10 @@ static size_t scratch_bytes(const struct layer *l, int whole_image)
     return (rows * wide * row * sizeof(float) + 63) / 64 * 64;
 }
 
-/* y [n][H'][W'][S O] from x [n][H][W][S I]. Returns 0, or 1 if there is no memory. */
-int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *x, float *y)
+/* y [n][H'][W'][S O] from x [n][H][W][S I]; `more`, if given, is added, and then comes a ReLU if asked. Returns 0, or 1 if
+ * there is no memory. */
+int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *x, const float *more, int relu,
+                  float *y)
 {
     int bands = n < threads ? (threads + n - 1) / n : 1, failed = 0;
     if (bands > l->out_height) bands = l->out_height;
@@ -199,8 +202,8 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
         for (int task = 0; task < n * bands; task++) {
             int image = task / bands, band = task % bands;
             if (scratch)
-                variants[variant].forward(l, x + image * in, y + image * out, l->out_height * band / bands,
-                                          l->out_height * (band + 1) / bands, scratch);
+                variants[variant].forward(l, x + image * in, more ? more + image * out : NULL, relu, y + image * out,
+                                          l->out_height * band / bands, l->out_height * (band + 1) / bands, scratch);
         }
         free(scratch);
     }
