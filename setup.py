@@ -6,7 +6,7 @@ setup(
     ext_modules=[
         Extension(
             "gconv._compiled",
-            ["gconv/csrc/norm.c", "gconv/csrc/separable.c"],
+            ["gconv/csrc/full.c", "gconv/csrc/norm.c", "gconv/csrc/separable.c"],
             depends=["gconv/csrc/rows.h"],
             extra_compile_args=["-O3", "-fopenmp"],  # and not linked with OpenMP: PyTorch has loaded its own
             optional=True,

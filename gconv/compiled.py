@@ -1,4 +1,4 @@
-"""The compiled part of this package, where it was built: loading it, and the passes of batch norm.
+"""The compiled part of this package, where it was built: loading it, batch norm, and convolutions of few channels.
 
 ``csrc`` is compiled when the package is installed, if there is a C compiler; all that it does PyTorch's operations do
 too, only slower. It shares the threads of PyTorch: its OpenMP is the one that PyTorch has loaded.
@@ -55,6 +55,25 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
+@cache
+def convolves() -> bool:
+    """Whether :func:`full` is there, and this processor has what it needs."""
+    return library() is not None and bool(compiled().gconv_full_runs())
+
+
+def full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """An ordinary convolution of a channels-last map, without padding and stride, and ReLU of it if asked.
+
+    Args:
+        x: ``[N, I, H, W]``.
+        weight: ``[k, k, I, O]``, O a multiple of eight.
+        bias: ``[O]``, or None.
+        relu: whether ReLU comes then, of which what is not a number stays so.
+    """
+    y: Tensor = torch.ops.gconv.full(x, weight, bias, relu)
+    return y
+
+
 def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
     """``factor x + offset`` of a channels-last map, both ``[C]``, and ReLU of it if asked."""
     y: Tensor = torch.ops.gconv.norm(x, factor, offset, relu)
@@ -79,6 +98,16 @@ def norm_backward(
     """The gradients of :func:`norm_train` for the map, the weight and the bias; y is its result if that had ReLU."""
     dx, dw, db = torch.ops.gconv.norm_backward(grad, x, y, weight, mean, var, order, eps)
     return dx, dw, db
+
+
+def _full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    n, channels, height, width = x.shape
+    k, out_channels = len(weight), weight.shape[3]
+    y = x.new_empty((n, height - k + 1, width - k + 1, out_channels)).permute(0, 3, 1, 2)
+    sizes = torch.get_num_threads(), n, channels, out_channels, k, height, width
+    if n:
+        compiled().gconv_full(*sizes, *map(address, (x, weight, bias)), int(relu), address(y))
+    return y
 
 
 def _norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
@@ -115,6 +144,7 @@ def _norm_backward(
 
 # As operations of PyTorch, so that what watches or records these sees them.
 _OPERATIONS = torch.library.Library("gconv", "DEF")
+_OPERATIONS.define("full(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor")
 _OPERATIONS.define("norm(Tensor x, Tensor factor, Tensor offset, bool relu) -> Tensor")
 _OPERATIONS.define(
     "norm_train(Tensor x, Tensor weight, Tensor bias, int order, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
@@ -123,5 +153,5 @@ _OPERATIONS.define(
     "norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor var, int order, float eps)"
     " -> (Tensor, Tensor, Tensor)"
 )
-for _name, _function in (("norm", _norm), ("norm_train", _norm_train), ("norm_backward", _norm_backward)):
-    _OPERATIONS.impl(_name, _function, "CPU")
+for _function in (_full, _norm, _norm_train, _norm_backward):
+    _OPERATIONS.impl(_function.__name__.removeprefix("_"), _function, "CPU")

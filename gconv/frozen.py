@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .compiled import convolves, full, takes
 from .conv import SeparableGConv2d, _GroupConv
 from .errors import InputError
+from .functional import lies_channels_last
 from .models import Model
 from .plain import plain_of
 
@@ -28,18 +30,23 @@ class Frozen:
     Attributes:
         plain: from images to class scores; None where there is no such program for this network.
         batched: the same with ReLU inside the convolutions, for batches on a CPU; None elsewhere.
+        compiled: whether the compiled kernel does all of these, so that it is for a single image too, and for any.
     """
 
     def __init__(self, net: Model) -> None:
         modules = list(net.modules())
         self.plain: fx.GraphModule | None = None
         self.batched: fx.GraphModule | None = None
+        self.compiled = False
         self._fits = _fits(modules)
         self._by_value = next(net.parameters()).is_cpu
         if self._fits:
             try:
                 self.plain = plain_of(net).requires_grad_(False)
                 self.batched = _relu_inside(self.plain) if self._by_value else None
+                self.compiled = self.batched is not None and not any(
+                    isinstance(module, (nn.Conv2d, _ConvReLU)) for module in self.batched.modules()
+                )
             except InputError:  # a layer of somebody else's
                 self.plain = None
         # Kept so that a check touches little memory: it comes before every pass.
@@ -60,8 +67,10 @@ class Frozen:
 
     def run(self, images: Tensor) -> Tensor:
         """The class scores; only where there is a program."""
-        # What is not a number is to stay so, and oneDNN's ReLU makes it zero; a sum that overflows is let go too.
-        inside = self.batched is not None and len(images) >= _BATCH and math.isfinite(images.sum().item())
+        inside = self.batched is not None
+        if inside and not self.compiled:
+            # What is not a number is to stay so, and oneDNN's ReLU makes it zero; a sum that overflows is let go too.
+            inside = len(images) >= _BATCH and math.isfinite(images.sum().item())
         program = self.batched if inside else self.plain
         assert program is not None
         scores: Tensor = program(images)
@@ -130,23 +139,55 @@ _BATCH = 32
 
 
 def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule | None:
-    """A program of the same layers, with every ReLU that alone reads a convolution done by it, if the backend can."""
+    """A program of the same layers, with every ReLU that alone reads a convolution done by it, if the backend can.
+
+    Convolutions of few channels are the compiled kernel's, also those without ReLU.
+    """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return None
     graph = fx.Graph()
     graph.output(graph.graph_copy(plain.graph, {}))
     batched = fx.GraphModule(plain, graph)
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is F.relu:
-            before = node.args[0]
-            if before.op == "call_module" and len(before.users) == 1:
-                conv = batched.get_submodule(before.target)
-                if isinstance(conv, nn.Conv2d):
-                    batched.set_submodule(before.target, _ConvReLU(conv))
-                    node.replace_all_uses_with(before)
-                    graph.erase_node(node)
+        conv = batched.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        (reader, *others) = node.users
+        relu = not others and reader.op == "call_function" and reader.target is F.relu
+        if relu:
+            reader.replace_all_uses_with(node)
+            graph.erase_node(reader)
+        if _is_small(conv):
+            batched.set_submodule(node.target, _SmallConv(conv, relu))
+        elif relu:
+            batched.set_submodule(node.target, _ConvReLU(conv))
     batched.recompile()
     return batched.eval()
+
+
+_FEW = 64
+"""Output channels up to which the compiled kernel is faster than oneDNN's."""
+
+
+def _is_small(conv: nn.Conv2d) -> bool:
+    sampling = conv.stride, conv.padding, conv.dilation, conv.groups
+    few = conv.out_channels <= _FEW and conv.out_channels % 8 == 0
+    return few and sampling == ((1, 1), (0, 0), (1, 1), 1) and conv.weight.dtype == torch.float32 and convolves()
+
+
+class _SmallConv(nn.Module):
+    """A convolution of few channels by the compiled kernel, with ReLU behind it or without."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.relu = conv.weight, conv.bias, relu
+        self.packed = conv.weight.detach().permute(2, 3, 1, 0).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if takes(x) and lies_channels_last(x):
+            return full(x, self.packed, self.bias, self.relu)
+        y = F.conv2d(x, self.weight, self.bias)
+        return F.relu(y) if self.relu else y
 
 
 class _ConvReLU(nn.Module):

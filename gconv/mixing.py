@@ -174,7 +174,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _in_basis(rows: Tensor, change: Tensor) -> Tensor:
     """``[P, S C]`` after a change ``[S, S]`` of the basis of the group axis."""
-    return torch.matmul(change, rows.unflatten(1, (len(change), -1))).flatten(1)
+    return torch.matmul(change, rows.unflatten(1, (len(change), rows.shape[1] // len(change)))).flatten(1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -185,4 +185,4 @@ def _rows(x: Tensor) -> Tensor:
 def _maps(rows: Tensor, like: Tensor) -> Tensor:
     """``[N H W, C]`` as maps of the size of ``like``."""
     n, _, h, w = like.shape
-    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)

@@ -200,7 +200,7 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 
 def _is_compiled(x: Tensor) -> bool:
     """Whether the compiled passes are for this map."""
-    return library() is not None and lies_channels_last(x) and takes(x)
+    return library() is not None and takes(x) and lies_channels_last(x)
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, order: int, eps: float) -> Tensor:

@@ -116,7 +116,9 @@ def test_targets_depend_on_the_stamp_and_the_stamp_on_what_decides_the_install()
     rules = dict(re.findall(r"^([\w./]+):[ \t]*(.*)$", database, flags=re.MULTILINE))
     for target in ("demo", "test", "check"):
         assert rules[target].split() == [".venv/.installed"]
-    assert set(rules[".venv/.installed"].split()) == {"pyproject.toml", "constraints.txt", "Makefile"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gconv" / "csrc").iterdir()}
+    decides = {"pyproject.toml", "constraints.txt", "Makefile", "setup.py"} | sources
+    assert set(rules[".venv/.installed"].split()) == decides
 
 
 @needs_make
@@ -139,7 +141,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "python"
     python.write_text(STAND_IN.format(root=tmp_path))

@@ -60,15 +60,19 @@ def test_the_change_of_basis_pays_where_there_are_many_channels():
     p4, p4m = basis_of(group("p4")), basis_of(group("p4m"))
     assert (p4.macs, p4m.macs) == (6, 12)
     for basis, few, many in ((p4, 64, 96), (p4m, 28, 32)):
-        assert not basis.pays(few, few)
-        assert basis.pays(many, many)
-    assert not basis_of(group("z2")).pays(10**6, 10**6)  # there is nothing to gain
+        assert not basis.pays(few, few, compiled=False)
+        assert basis.pays(many, many, compiled=False)
+    assert not basis_of(group("z2")).pays(10**6, 10**6, compiled=True)  # there is nothing to gain
 
 
 @forms
-def test_large_layers_run_in_irreps_by_default_and_small_ones_do_not(form):
-    made = {n: SeparableGConv2d(n, n, 3, group="p4m", form=form) for n in (8, 64)}
-    assert {n: layer.execution for n, layer in made.items()} == {8: "factorized", 64: "irrep"}
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_run_in_irreps_by_default_where_that_is_faster(monkeypatch, form, compiled):
+    """With the compiled kernel also small ones."""
+    monkeypatch.setattr("gconv.conv.variants", lambda: {0: 4} if compiled else {})
+    made = {n: SeparableGConv2d(n, n, 3, group="p4m", form=form) for n in (1, 8, 64)}
+    few = "irrep" if compiled else "factorized"
+    assert {n: layer.execution for n, layer in made.items()} == {1: "factorized", 8: few, 64: "irrep"}
 
 
 @forms
