@@ -10,10 +10,14 @@ import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .functional import lies_channels_last
 
 
 @cache
@@ -72,6 +76,45 @@ def full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """
     y: Tensor = torch.ops.gconv.full(x, weight, bias, relu)
     return y
+
+
+FEW = 64
+"""Output channels up to which :func:`full` is faster than oneDNN's convolution."""
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
+    """``torch.nn.functional.conv2d``, of few channels by :func:`full`; its gradients are PyTorch's."""
+    few = len(weight) <= FEW and len(weight) % 8 == 0
+    fits = few and (stride, padding, dilation) == (1, 0, 1) and min(x.shape[2:]) >= weight.shape[2]
+    plain = fits and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not (plain and type(x) is Tensor and takes(x) and takes(weight) and lies_channels_last(x) and convolves()):
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        y: Tensor = _Convolution.apply(x, weight, bias)
+        return y
+    return full(x, _filter(weight), bias, relu=False)
+
+
+def _filter(weight: Tensor) -> Tensor:
+    """``[O, I, k, k]`` as :func:`full` takes it."""
+    return weight.detach().permute(2, 3, 1, 0).contiguous()
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = None if bias is None else list(bias.shape)
+        return full(x, _filter(weight), bias, relu=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad)
+        found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+            *gradients, x, weight, ctx.biased, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
+        )
+        return found
 
 
 def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:

@@ -8,10 +8,9 @@ from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiled import takes
+from .compiled import convolve, takes
 from .errors import InputError
 from .functional import Sampling, Tables, expand, from_group_major, lies_channels_last, on_tensor_cores, to_group_major
 from .functional import relu as relu_of
@@ -197,7 +196,7 @@ class _GroupConv(nn.Module, ABC):
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
         (weight,) = prepared.filters
-        return F.conv2d(x, weight, prepared.bias, *self.sampling)
+        return convolve(x, weight, prepared.bias, *self.sampling)
 
     def _prepare(self, how: _How) -> _Prepared:
         bias = None if self.bias is None else self.bias.repeat(self.group.order)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .compiled import convolves, full, takes
+from .compiled import FEW, convolves, full, takes
 from .conv import SeparableGConv2d, _GroupConv
 from .errors import InputError
 from .functional import lies_channels_last
@@ -165,13 +165,9 @@ def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule | None:
     return batched.eval()
 
 
-_FEW = 64
-"""Output channels up to which the compiled kernel is faster than oneDNN's."""
-
-
 def _is_small(conv: nn.Conv2d) -> bool:
     sampling = conv.stride, conv.padding, conv.dilation, conv.groups
-    few = conv.out_channels <= _FEW and conv.out_channels % 8 == 0
+    few = conv.out_channels <= FEW and conv.out_channels % 8 == 0
     return few and sampling == ((1, 1), (0, 0), (1, 1), 1) and conv.weight.dtype == torch.float32 and convolves()
 
 

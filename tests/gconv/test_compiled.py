@@ -337,6 +337,28 @@ def test_small_convolutions_are_those_of_pytorch(data):
 
 
 @narrow
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, False), (False, False, True)])
+def test_their_gradients_are_those_of_pytorch_and_have_some(needs):
+    torch.manual_seed(0)
+    x, weight, bias = channels_last(torch.randn(2, 3, 6, 7)), torch.randn(16, 3, 3, 3), torch.randn(16)
+    ours = [
+        tensor.clone(memory_format=torch.preserve_format).requires_grad_(need)
+        for tensor, need in zip((x, weight, bias), needs, strict=True)
+    ]
+    theirs = [tensor.double().requires_grad_(need) for tensor, need in zip((x, weight, bias), needs, strict=True)]
+    found = []
+    for x, weight, bias in (ours, theirs):
+        y = compiled.convolve(x, weight, bias, 1, 0, 1)
+        assert ("_Convolution" in type(y.grad_fn).__name__) == (x.dtype == torch.float32)
+        given = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
+        first = torch.autograd.grad(y.tanh().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), given)
+        found.append([y, *first, *second])
+    for one, other in zip(*found, strict=True):
+        assert close(one, other, 1e-4)
+
+
+@narrow
 def test_a_fused_network_of_few_channels_runs_so(monkeypatch):
     torch.manual_seed(0)
     net = create_model("p4cnn").eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def convolution_macs(model: nn.Module, *shape: int) -> int:
     It counts 2 FLOPs a MAC. The linear head is left out, and so is what the first pass builds and keeps.
     """
     x = torch.zeros(1, *shape)
-    counts = {torch.ops.gconv.separable: kernel_flops}
+    counts = {torch.ops.gconv.separable: kernel_flops, torch.ops.gconv.full: full_flops}
     with FlopCounterMode(display=False, custom_mapping=counts) as counter, torch.no_grad():
         model.eval()(x)
         built = sum(counter.get_flop_counts()["Global"].values())
@@ -82,6 +84,12 @@ def kernel_flops(x, packed, more, relu, settings, out_shape=None, **_):
         macs += mixed * sizes.order**2 * (terms[0] * sizes.in_channels + terms[1] * sizes.out_channels)
     filtered = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
     return 2 * (macs + leaving * sizes.k**2 * sizes.rank * filtered)
+
+
+def full_flops(x, weight, bias, relu, out_shape=None, **_):
+    """Of the compiled ordinary convolution."""
+    n, _, h, w = out_shape
+    return 2 * n * h * w * math.prod(weight)
 
 
 def with_converted_layers() -> Model:
