@@ -18,7 +18,7 @@ from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
 from .onepass import Kernel, Sizes, runs, variants
-from .separable import Execution, FilterShape, Form, check_execution, form_named
+from .separable import FORMS, Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
 
@@ -56,6 +56,14 @@ class _Cache(NamedTuple):
             and len(parameters) == len(self.parameters)
             and all(new.dtype == old.dtype and torch.equal(new, old) for new, old in pairs)
         )
+
+
+def _runs_whole(prepared: _Prepared, more: Tensor | None, relu: bool) -> bool:
+    """Whether one kernel does the convolution and what comes after it."""
+    kernel = prepared.filters[0]
+    if not isinstance(kernel, Kernel) or (relu and kernel.packed is None):
+        return False
+    return more is None or (takes(more) and lies_channels_last(more))
 
 
 class _GroupConv(nn.Module, ABC):
@@ -175,15 +183,11 @@ class _GroupConv(nn.Module, ABC):
         prepared = self._prepared(x)
         if more is not None:
             more = to_group_major(more)
-        if self._runs_whole(prepared, more, relu):
+        if _runs_whole(prepared, more, relu):
             return from_group_major(prepared.filters[0].run(x, more, relu), self.group.order)
         y = self._run(x, prepared)
         y = y if more is None else y + more
         return from_group_major(relu_of(y) if relu else y, self.group.order)
-
-    def _runs_whole(self, prepared: _Prepared, more: Tensor | None, relu: bool) -> bool:
-        """Whether one kernel does the convolution and what comes after it."""
-        return False
 
     @abstractmethod
     def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
@@ -195,6 +199,8 @@ class _GroupConv(nn.Module, ABC):
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
+        if isinstance(prepared.filters[0], Kernel):
+            return prepared.filters[0].run(x)
         (weight,) = prepared.filters
         return convolve(x, weight, prepared.bias, *self.sampling)
 
@@ -309,7 +315,43 @@ class GConv2d(_FullConv):
 
     Input ``[N, I, S, H, W]``, output ``[N, O, S, H', W']``; ``weight [O, I, S, k, k]`` and ``bias [O]`` as in GrouPy.
     Arguments and errors as :class:`LiftingConv2d`.
+
+    A full filter is a ``gc_in`` filter of rank ``k k``, whose planar kernels pick one pixel each. Where that has less
+    than half the multiply-accumulates of the expanded filter, its mixes being in the irreducible representations of the
+    group, the compiled kernel runs the layer so. :meth:`macs` counts the expanded filter all the same.
     """
+
+    def _is_compiled(self, x: Tensor) -> bool:
+        return self.mixes and runs(x, self._kernel_sizes)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the compiled kernel, where it is, is to run this layer as mixes of pixels."""
+        o, i, s, k = self.filter_shape
+        mix, planar = _PIXELS.macs_by_map(self.filter_shape, k * k, basis_of(self.group))
+        return bool(variants()) and mix + planar < o * i * s * s * k * k / 2
+
+    @property
+    def _kernel_sizes(self) -> Sizes:
+        o, i, s, k = self.filter_shape
+        return Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
+
+    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
+        if not how.compiled:
+            return super()._new_filters(how, bias)
+        o, i, s, k = self.filter_shape
+        mix = _PIXELS.fold(self.weight, self._pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
+        pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
+        w, d = _PIXELS.filters(mix, pixels, self.tables, basis_on(self.group, mix.device, mix.dtype))
+        kernel = Kernel(self._kernel_sizes, w, d, bias, self._run_slowly)
+        return (kernel if torch.is_grad_enabled() else kernel.kept(),)
+
+    def _run_slowly(self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None) -> Tensor:
+        k = self.kernel_size[0]
+        return _PIXELS.run(x, w, d, bias, self.filter_shape, k * k, self.sampling)
+
+
+_PIXELS = FORMS["gc_in"]
 
 
 class SeparableGConv2d(_GroupConv):
@@ -418,18 +460,10 @@ class SeparableGConv2d(_GroupConv):
         return (kernel if torch.is_grad_enabled() else kernel.kept(),)
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        if self.execution == "dense":
+        if self.execution == "dense" or isinstance(prepared.filters[0], Kernel):
             return super()._run(x, prepared)
-        if isinstance(prepared.filters[0], Kernel):
-            return prepared.filters[0].run(x)
         w, d = prepared.filters
         return self._run_slowly(x, w, d, prepared.bias)
-
-    def _runs_whole(self, prepared: _Prepared, more: Tensor | None, relu: bool) -> bool:
-        kernel = prepared.filters[0]
-        if not isinstance(kernel, Kernel) or (relu and kernel.packed is None):
-            return False
-        return more is None or (takes(more) and lies_channels_last(more))
 
     def _run_slowly(self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None) -> Tensor:
         return self.form.run(x, w, d, bias, self.filter_shape, self.rank, self.sampling)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compiled import FEW, convolves, full, takes
-from .conv import SeparableGConv2d, _GroupConv
+from .conv import GConv2d, SeparableGConv2d, _GroupConv
 from .errors import InputError
 from .functional import lies_channels_last
 from .models import Model
@@ -131,7 +131,9 @@ def _counts(module: nn.Module) -> bool:
 def _runs_plainly(module: nn.Module) -> bool:
     if module.training or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return not isinstance(module, _GroupConv) or module.execution == "dense" or next(module.parameters()).is_cuda
+    if not isinstance(module, _GroupConv) or next(module.parameters()).is_cuda:
+        return True
+    return module.execution == "dense" and not (isinstance(module, GConv2d) and module.mixes)
 
 
 _BATCH = 32

@@ -141,7 +141,8 @@ def _convolved(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 def _may_do_more(conv: nn.Module, x: Tensor) -> bool:
     """Whether a layer may do what comes after it too: nobody looks at what it gives, and no tracer at the steps."""
-    return isinstance(conv, SeparableGConv2d) and type(x) is Tensor and not conv._forward_hooks
+    ours = isinstance(conv, (GConv2d, SeparableGConv2d))
+    return ours and type(x) is Tensor and not conv._forward_hooks
 
 
 class CNN(Model):

@@ -160,8 +160,11 @@ class _Differentiable(torch.autograd.Function):
             return None, of_x, of_more, *others
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-        of_x, of_matrices, of_planes = torch.ops.gconv.separable_backward(x, gradient, ctx.packed, kernel.settings())
+        of_x, of_matrices, of_planes = torch.ops.gconv.separable_backward(
+            x, gradient, ctx.packed, ctx.needs_input_grad[4], kernel.settings()
+        )
         each = of_matrices.split([matrix.numel() for matrix in matrices])
+        of_planes = of_planes if ctx.needs_input_grad[4] else None
         return None, of_x, of_more, of_bias, of_planes, *map(Tensor.view_as, each, matrices)
 
 
@@ -280,23 +283,28 @@ def _forward(x: Tensor, packed: Tensor, more: Tensor | None, relu: bool, setting
     return y
 
 
-def _backward(x: Tensor, gradient: Tensor, packed: Tensor, settings: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    x: Tensor, gradient: Tensor, packed: Tensor, with_planes: bool, settings: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     told = _Told.of(settings)
     sizes, threads = told.sizes, torch.get_num_threads()
     sums = x.new_zeros((threads, told.weights + told.planes))
     channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
-    found = torch.empty_like(x), x.new_empty(told.matrices), x.new_empty((sizes.rank, channels, 1, sizes.k, sizes.k))
-    layer, tensors = told.layer(packed, x), map(address, (x, gradient, sums, *found))
+    shape = (sizes.rank, channels, 1, sizes.k, sizes.k) if with_planes else (0,)
+    of_x, of_matrices, of_planes = torch.empty_like(x), x.new_empty(told.matrices), x.new_empty(shape)
+    given = (x, gradient, sums, of_x, of_matrices, of_planes if with_planes else None)
+    layer, tensors = told.layer(packed, x), map(address, given)
     if compiled().gconv_backward(told.variant, ctypes.byref(layer), len(x), threads, *tensors):
         raise MemoryError("no memory for the rows of a convolution")
-    return found
+    return of_x, of_matrices, of_planes
 
 
 # As operations of PyTorch, so that what watches or records these sees one.
 _OPERATIONS = torch.library.Library("gconv", "FRAGMENT")
 _OPERATIONS.define("separable(Tensor x, Tensor packed, Tensor? more, bool relu, int[] settings) -> Tensor")
 _OPERATIONS.define(
-    "separable_backward(Tensor x, Tensor gradient, Tensor packed, int[] settings) -> (Tensor, Tensor, Tensor)"
+    "separable_backward(Tensor x, Tensor gradient, Tensor packed, bool with_planes, int[] settings)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _OPERATIONS.impl("separable", _forward, "CPU")
 _OPERATIONS.impl("separable_backward", _backward, "CPU")

@@ -294,7 +294,7 @@ TARGET static void NAME(forward)(const struct layer *l, const float *x, const fl
     }
 }
 
-/* One image: gx, and added to gw and gd. The planar adjoint is a convolution, with the kernels turned by a half, of the
+/* One image: gx, and added to gw and gd, if that is not NULL. The planar adjoint is a convolution, with the kernels turned by a half, of the
  * gradients with stride - 1 zeros between them and k - 1 - padding around. gd is turned by a half in `gc`. */
 TARGET static void NAME(backward)(const struct layer *l, const float *x, const float *gy, float *gx, float *gw, float *gd,
                                   float *scratch)
@@ -352,7 +352,8 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
             NAME(spread)(back, ldi, to, (size_t)stride * ld, kept, l->out_width);
             for (int r = 0; r < rank; r++) {
                 NAME(planar)(above, padded(ci), stride, p.planar + r * planes, k, ci, made + r * ci, ldi, l->out_width, 0);
-                NAME(planar_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes, l->out_width);
+                if (gd)
+                    NAME(planar_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes, l->out_width);
             }
             const float *filtered = NAME(enter)(l, p.basis_back, made, &ldf, rank, l->in_channels, in, l->out_width);
             if (slot == (batch - 1) * l->out_width || o == l->out_height - 1)
@@ -373,7 +374,7 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
             const float *from = x + floats(i * l->width, ci);
             const float *entered = NAME(enter)(l, p.basis_back, from, &lde, 1, l->in_channels, in, l->width);
             NAME(mix)(l, &p, 0, entered, lde, rank, l->out_channels, room, made, ldo, l->width);
-            for (int r = 0; r < rank; r++)
+            for (int r = 0; r < rank && gd; r++)
                 NAME(planar_gradient)(rows, ld, 1, made + r * co, ldo, k, co, gd + r * planes, l->width);
             const float *gradient = NAME(enter)(l, p.basis_back, back, &ldg, rank, l->out_channels, out, l->width);
             if (slot == (batch - 1) * l->width || i == l->height - 1)

@@ -210,7 +210,7 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
     return failed;
 }
 
-/* The gradients of the map, the matrices and the planes, the last two as pack gets them. Each thread adds up those of its
+/* The gradients of the map, the matrices and, if not NULL, the planes, the last two as pack gets them. Each thread adds up those of its
  * images in `sums` [threads][weights + planes], zeros at first; which they are is fixed, so that sums are the same each
  * time. Returns 0, or 1 if there is no memory. */
 int gconv_backward(int variant, const struct layer *l, int n, int threads, const float *x, const float *gy, float *sums,
@@ -229,7 +229,7 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
         }
         for (int image = t; scratch && image < n; image += threads)
             variants[variant].backward(l, x + image * in, gy + image * out, gx + image * in, sums + t * each,
-                                       sums + t * each + l->weights, scratch);
+                                       planes ? sums + t * each + l->weights : NULL, scratch);
         free(scratch);
     }
     for (int t = 1; t < threads; t++)
@@ -240,7 +240,7 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
             for (int d = 0; d < t[DEPTH]; d++)
                 matrices[t[MATRIX] + j * t[DEPTH] + d] = sums[t[PACKED] + d * rounded(t[COLUMNS], lanes) + j];
     }
-    for (int r = 0; r < l->rank; r++)
+    for (int r = 0; r < l->rank && planes; r++)
         for (int i = 0; i < c; i++)
             for (int t = 0; t < kk; t++) {
                 int at = l->planar_first ? t : kk - 1 - t; /* the gradients that gc finds are turned by a half */

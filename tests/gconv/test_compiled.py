@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gconv import GROUPS, GroupBatchNorm2d, SeparableGConv2d, compiled, create_model, fuse, gconv2d, group, onepass
+from gconv import (
+    GROUPS,
+    GConv2d,
+    GroupBatchNorm2d,
+    SeparableGConv2d,
+    compiled,
+    create_model,
+    fuse,
+    gconv2d,
+    group,
+    onepass,
+)
 from gconv.functional import channels_last, from_group_major, is_channels_last, to_group_major
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no C compiler")
@@ -99,6 +110,47 @@ def test_outputs_and_gradients_are_those_of_the_definition(only, version, form):
             torch.testing.assert_close(layer(x, more=more), y + more)
 
     check()
+
+
+@built
+@versions
+def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
+    only(version)
+    monkeypatch.setattr(GConv2d, "mixes", True)  # of any size
+
+    @settings(max_examples=25, deadline=None)
+    @given(data=st.data())
+    def check(data):
+        name, k = data.draw(st.sampled_from(GROUPS)), data.draw(st.integers(1, 4))
+        o, i, stride = (data.draw(st.integers(low, 4)) for low in (1, 2, 1))
+        padding, bias = data.draw(st.integers(0, k - 1)), data.draw(st.booleans())
+        layer = GConv2d(i, o, k, stride=stride, padding=padding, bias=bias, group=name)
+        side = data.draw(st.integers(k, 9))
+        x = channels_last(torch.randn(data.draw(st.integers(1, 3)), i * layer.group.order, side, side + 2))
+        x = from_group_major(x, layer.group.order)
+        in_kernel(layer, x)
+        exact = copy.deepcopy(layer).double()
+        given = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+        y = layer(given[0])
+        expected = gconv2d(given[1], exact.weight, exact.bias, exact.group, exact.sampling)
+        assert close(y, expected)
+        direction = torch.randn_like(y)
+        ours = torch.autograd.grad(y, [given[0], *layer.parameters()], direction)
+        theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
+        for one, other in zip(ours, theirs, strict=True):
+            assert close(one, other, 2e-5)
+        with torch.no_grad():
+            assert torch.equal(layer.eval()(x), y)
+
+    check()
+
+
+@built
+def test_large_full_layers_run_so_and_small_ones_do_not():
+    for on, small, large in (("p4", 10, 30), ("p4m", 7, 11)):
+        assert not GConv2d(small, small, 3, group=on).mixes
+        assert GConv2d(large, large, 3, group=on).mixes
+    assert not GConv2d(100, 100, 3, group="z2").mixes
 
 
 @built
