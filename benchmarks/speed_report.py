@@ -38,6 +38,9 @@ BARS = (
     Bar("p4cnn", "inference", 1, "gconv, exported", DENSE, 1.0),
     Bar("p4m-resnet44", "training", 32, "gconv", PEERS, 1 / 1.1),
     Bar("p4m-resnet44", "inference", 32, "gconv, fused", DEPLOYED, 1 / 1.25),
+    # The network of 3.08 G multiply-accumulates is the limit; our full one takes fewer.
+    Bar("p4m-resnet44", "training", 32, "gconv, gc", DENSE, 1 / 1.8),
+    Bar("p4m-resnet44", "inference", 32, "gconv, gc, fused", DENSE, 1 / 2.5),
     Bar("p4m-resnet44", "training", 32, "gconv, gc", ("gconv",), 1 / 1.8),
     Bar("p4m-resnet44", "inference", 32, "gconv, gc, fused", ("gconv, fused",), 1 / 2.5),
 )

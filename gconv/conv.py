@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cache
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -327,9 +328,7 @@ class GConv2d(_FullConv):
     @property
     def mixes(self) -> bool:
         """Whether the compiled kernel, where it is, is to run this layer as mixes of pixels."""
-        o, i, s, k = self.filter_shape
-        mix, planar = _PIXELS.macs_by_map(self.filter_shape, k * k, basis_of(self.group))
-        return bool(variants()) and mix + planar < o * i * s * s * k * k / 2
+        return bool(variants()) and _pays(self.filter_shape, self.group)
 
     @property
     def _kernel_sizes(self) -> Sizes:
@@ -352,6 +351,14 @@ class GConv2d(_FullConv):
 
 
 _PIXELS = FORMS["gc_in"]
+
+
+@cache
+def _pays(shape: FilterShape, group: Group) -> bool:
+    """Whether mixes of pixels have less than half the multiply-accumulates of the expanded filter."""
+    o, i, s, k = shape
+    mix, planar = _PIXELS.macs_by_map(shape, k * k, basis_of(group))
+    return mix + planar < o * i * s * s * k * k / 2
 
 
 class SeparableGConv2d(_GroupConv):

@@ -67,7 +67,8 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
     - *published*: every separable layer is charged for its two factors, both at the layer's output resolution. This
       is optimistic where the group mix runs first, on the larger input map of an unpadded or strided layer.
     - *as executed*: what runs. A factorised layer is charged for the mix at the resolution where it runs; a layer
-      that runs dense is charged for the dense convolution. Building filters (independent of the image) is not counted.
+      that runs dense, and every full layer, is charged for the dense convolution, also where the compiled kernel runs
+      it with fewer (:class:`gconv.GConv2d`). Building filters (independent of the image) is not counted.
 
     Args:
         model: any module; its ``nn.Conv2d`` and group-convolution layers are counted.
