@@ -83,4 +83,4 @@ def reuse_freed_memory() -> None:
         if mallopt is not None:
             trim_threshold, mmap_max = -1, -4
             mallopt(mmap_max, 0)
-            mallopt(trim_threshold, 2**31 - 1)
+            mallopt(trim_threshold, -1)
