@@ -168,6 +168,9 @@ def killed(whole: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 else:
                     after, same = "0", not existed
                 found.append({"signal": os.WTERMSIG(status), "after": after, "same": same})
+                if after == "None":  # it had ended but for its exit; to resume that would be another run
+                    path.unlink()
+                    Path(folder, "history").unlink()
             else:
                 break
         log = Path("log").read_text()
