@@ -40,14 +40,13 @@ def compiled() -> ctypes.CDLL:
     return found
 
 
-def takes(x: Tensor) -> bool:
-    """Whether compiled functions may read this tensor, and what they give is all that is asked of it.
+def takes(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether compiled functions may read these tensors, and what they give is all that is asked of a map x.
 
-    They know nothing of derivatives that are computed along, of function transforms and of autocast.
+    They know nothing of other types, of derivatives that are computed along, of function transforms and of autocast.
     """
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
+        all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in (x, *parameters))
         and forward_ad._current_level < 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not torch.is_autocast_enabled("cpu")
@@ -78,24 +77,29 @@ def full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     return y
 
 
-FEW = 64
-"""Output channels up to which :func:`full` is faster than oneDNN's convolution."""
+_FEW = 64  # output channels up to which it is used; benchmarks/speed_networks.py measures P4CNN, which has 40
+
+
+def is_small(weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
+    """Whether a convolution with this filter ``[O, I, k, k]`` is one for :func:`full`."""
+    few = len(weight) <= _FEW and len(weight) % 8 == 0
+    return few and (stride, padding, dilation) == (1, 0, 1) and convolves()
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
     """``torch.nn.functional.conv2d``, of few channels by :func:`full`; its gradients are PyTorch's."""
-    few = len(weight) <= FEW and len(weight) % 8 == 0
-    fits = few and (stride, padding, dilation) == (1, 0, 1) and min(x.shape[2:]) >= weight.shape[2]
+    fits = is_small(weight, stride, padding, dilation) and min(x.shape[2:]) >= weight.shape[2]
+    fits = fits and x.shape[1] == weight.shape[1]
     plain = fits and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if not (plain and type(x) is Tensor and takes(x) and takes(weight) and lies_channels_last(x) and convolves()):
+    if not (plain and type(x) is Tensor and takes(x, weight, bias) and lies_channels_last(x)):
         return F.conv2d(x, weight, bias, stride, padding, dilation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y: Tensor = _Convolution.apply(x, weight, bias)
         return y
-    return full(x, _filter(weight), bias, relu=False)
+    return full(x, packed_filter(weight), bias, relu=False)
 
 
-def _filter(weight: Tensor) -> Tensor:
+def packed_filter(weight: Tensor) -> Tensor:
     """``[O, I, k, k]`` as :func:`full` takes it."""
     return weight.detach().permute(2, 3, 1, 0).contiguous()
 
@@ -105,7 +109,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.biased = None if bias is None else list(bias.shape)
-        return full(x, _filter(weight), bias, relu=False)
+        return full(x, packed_filter(weight), bias, relu=False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

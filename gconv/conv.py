@@ -59,12 +59,14 @@ class _Cache(NamedTuple):
         )
 
 
-def _runs_whole(prepared: _Prepared, more: Tensor | None, relu: bool) -> bool:
+def _runs_whole(prepared: _Prepared, x: Tensor, more: Tensor | None, relu: bool) -> bool:
     """Whether one kernel does the convolution and what comes after it."""
     kernel = prepared.filters[0]
     if not isinstance(kernel, Kernel) or (relu and kernel.packed is None):
         return False
-    return more is None or (takes(more) and lies_channels_last(more))
+    sizes = kernel.sizes
+    shape = (len(x), sizes.order * sizes.out_channels, *sizes.output(x))
+    return more is None or (more.shape == shape and takes(more) and lies_channels_last(more))
 
 
 class _GroupConv(nn.Module, ABC):
@@ -184,7 +186,7 @@ class _GroupConv(nn.Module, ABC):
         prepared = self._prepared(x)
         if more is not None:
             more = to_group_major(more)
-        if _runs_whole(prepared, more, relu):
+        if _runs_whole(prepared, x, more, relu):
             return from_group_major(prepared.filters[0].run(x, more, relu), self.group.order)
         y = self._run(x, prepared)
         y = y if more is None else y + more
@@ -221,7 +223,7 @@ class _GroupConv(nn.Module, ABC):
         parameters = [p for p in (getattr(self, name) for name in (*self._factors, "bias")) if p is not None]
         # Tensors of other types stand in for the layer's own: of functional calls, parametrisations, tracers.
         plain = type(x) is Tensor and all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)
-        if plain and self._is_compiled(x):
+        if plain and takes(x, *parameters) and self._is_compiled(x):
             how = how._replace(compiled=True)
         # Autocast may round what is prepared.
         if not plain or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .compiled import FEW, convolves, full, takes
+from .compiled import full, is_small, packed_filter, takes
 from .conv import GConv2d, SeparableGConv2d, _GroupConv
 from .errors import InputError
 from .functional import lies_channels_last
@@ -169,9 +169,9 @@ def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule | None:
 
 
 def _is_small(conv: nn.Conv2d) -> bool:
-    sampling = conv.stride, conv.padding, conv.dilation, conv.groups
-    few = conv.out_channels <= FEW and conv.out_channels % 8 == 0
-    return few and sampling == ((1, 1), (0, 0), (1, 1), 1) and conv.weight.dtype == torch.float32 and convolves()
+    pairs = conv.stride, conv.padding, conv.dilation
+    square = conv.groups == 1 and all(isinstance(pair, tuple) and len(set(pair)) == 1 for pair in pairs)
+    return square and is_small(conv.weight, *(int(pair[0]) for pair in pairs))
 
 
 class _SmallConv(nn.Module):
@@ -180,10 +180,11 @@ class _SmallConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         self.weight, self.bias, self.relu = conv.weight, conv.bias, relu
-        self.packed = conv.weight.detach().permute(2, 3, 1, 0).contiguous()
+        self.packed = packed_filter(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes(x) and lies_channels_last(x):
+        fits = x.shape[1] == self.weight.shape[1] and min(x.shape[2:]) >= self.weight.shape[2]
+        if fits and takes(x, self.weight, self.bias) and lies_channels_last(x):
             return full(x, self.packed, self.bias, self.relu)
         y = F.conv2d(x, self.weight, self.bias)
         return F.relu(y) if self.relu else y

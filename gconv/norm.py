@@ -54,7 +54,8 @@ class GroupBatchNorm2d(_BatchNorm):
         assert self.running_mean is not None and self.running_var is not None
         given = self.weight, self.bias, self.running_mean, self.running_var
         plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if plain and self.affine and not torch.jit.is_tracing() and _is_compiled(x):  # type: ignore[attr-defined]
+        plain = plain and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if plain and _is_compiled(x, order, *given):
             factor = self.weight * (self.running_var + self.eps).rsqrt()
             offset = torch.addcmul(self.bias, factor, self.running_mean, value=-1)
             factors, offsets = _of_maps((factor, offset), order)
@@ -136,7 +137,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        compiled = processes() == 1 and weight.dtype == torch.float32 and _is_compiled(x)
+        compiled = processes() == 1 and _is_compiled(x, order, weight, bias)
         count = x.numel() // weight.numel()
         if compiled and count > 1:
             y, mean, var = norm_train(x, weight, bias, order, eps, relu)
@@ -198,9 +199,10 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _CHUNK // (x.shape[2] * x.shape[3])))
 
 
-def _is_compiled(x: Tensor) -> bool:
-    """Whether the compiled passes are for this map."""
-    return library() is not None and takes(x) and lies_channels_last(x)
+def _is_compiled(x: Tensor, order: int, *parameters: Tensor | None) -> bool:
+    """Whether the compiled passes are for this map and what its channels have, each ``[C]``."""
+    usual = library() is not None and takes(x, *parameters) and lies_channels_last(x)
+    return usual and all(of is not None and order * len(of) == x.shape[1] for of in parameters)
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, order: int, eps: float) -> Tensor:

@@ -75,6 +75,23 @@ def close(ours, theirs, tolerance=1e-5):
     return (ours - theirs).abs().max() <= tolerance * max(theirs.abs().max(), 1e-3)
 
 
+def as_defined(layer, x):
+    """The output of a layer in the kernel, which is that of the definition, as are the gradients."""
+    in_kernel(layer, x)
+    exact = copy.deepcopy(layer).double()
+    given = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    y = layer(given[0])
+    expected = gconv2d(given[1], exact.weight, exact.bias, exact.group, exact.sampling)
+    assert is_channels_last(to_group_major(y)) or min(y.shape[3:]) == 1 or y.shape[1] * y.shape[2] == 1
+    assert close(y, expected)
+    direction = torch.randn_like(y)
+    ours = torch.autograd.grad(y, [given[0], *layer.parameters()], direction)
+    theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
+    for one, other in zip(ours, theirs, strict=True):
+        assert close(one, other, 2e-5)
+    return y
+
+
 # --- gc and gc_in
 
 
@@ -88,18 +105,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(only, version, form):
     @given(data=st.data())
     def check(data):
         layer, x = data.draw(drawn(form))
-        in_kernel(layer, x)
-        exact = copy.deepcopy(layer).double()
-        given = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        y = layer(given[0])
-        expected = gconv2d(given[1], exact.weight, exact.bias, exact.group, exact.sampling)
-        assert is_channels_last(to_group_major(y)) or min(y.shape[3:]) == 1 or y.shape[1] * y.shape[2] == 1
-        assert close(y, expected)
-        direction = torch.randn_like(y)
-        ours = torch.autograd.grad(y, [given[0], *layer.parameters()], direction)
-        theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
-        for one, other in zip(ours, theirs, strict=True):
-            assert close(one, other, 2e-5)
+        y = as_defined(layer, x)
         with torch.no_grad():
             more = channels_last(torch.randn_like(to_group_major(y)))
             more = from_group_major(more, layer.group.order)
@@ -128,17 +134,7 @@ def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
         side = data.draw(st.integers(k, 9))
         x = channels_last(torch.randn(data.draw(st.integers(1, 3)), i * layer.group.order, side, side + 2))
         x = from_group_major(x, layer.group.order)
-        in_kernel(layer, x)
-        exact = copy.deepcopy(layer).double()
-        given = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        y = layer(given[0])
-        expected = gconv2d(given[1], exact.weight, exact.bias, exact.group, exact.sampling)
-        assert close(y, expected)
-        direction = torch.randn_like(y)
-        ours = torch.autograd.grad(y, [given[0], *layer.parameters()], direction)
-        theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
-        for one, other in zip(ours, theirs, strict=True):
-            assert close(one, other, 2e-5)
+        y = as_defined(layer, x)
         with torch.no_grad():
             assert torch.equal(layer.eval()(x), y)
 
@@ -147,7 +143,7 @@ def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
 
 @built
 def test_large_full_layers_run_so_and_small_ones_do_not():
-    for on, small, large in (("p4", 10, 30), ("p4m", 7, 11)):
+    for on, small, large in (("p4", 26, 27), ("p4m", 7, 8)):
         assert not GConv2d(small, small, 3, group=on).mixes
         assert GConv2d(large, large, 3, group=on).mixes
     assert not GConv2d(100, 100, 3, group="z2").mixes
@@ -311,6 +307,32 @@ def test_function_transforms_and_derivatives_along_work():
     y, along = torch.func.jvp(run, (x,), (direction,))
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(along, shift, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_does_not_fit_is_refused_or_done_by_pytorch_and_never_read_beyond(grad):
+    """All of these would be read as if they were of another type or size."""
+    x = from_group_major(channels_last(torch.randn(2, 16, 6, 6)), 4)
+    with torch.set_grad_enabled(grad):
+        for layer in (
+            SeparableGConv2d(4, 4, 3, padding=1, group="p4", form="gc"),
+            GConv2d(4, 4, 3, group="p4"),
+            GConv2d(30, 30, 3, padding=1, group="p4"),
+            GroupBatchNorm2d(4),
+        ):
+            own = from_group_major(channels_last(torch.randn(2, 120, 6, 6)), 4) if layer.weight.shape[0] == 30 else x
+            with pytest.raises(RuntimeError):
+                layer.train(grad).double()(own)
+            layer.float().bias.data = layer.bias.data.double()
+            with pytest.raises(RuntimeError):
+                layer(own)
+        with pytest.raises(RuntimeError):
+            GroupBatchNorm2d(3).train(grad)(x)
+        layer = SeparableGConv2d(4, 4, 3, padding=1, group="p4", form="gc").train(grad)
+        one = from_group_major(channels_last(torch.randn(1, 16, 6, 6)), 4)
+        torch.testing.assert_close(layer(x, more=one), layer(x) + one)
+        with pytest.raises(RuntimeError):
+            layer(x, more=one[..., :3])
 
 
 # --- in networks
