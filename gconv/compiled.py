@@ -88,10 +88,10 @@ def is_small(weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
     """``torch.nn.functional.conv2d``, of few channels by :func:`full`; its gradients are PyTorch's."""
-    fits = is_small(weight, stride, padding, dilation) and min(x.shape[2:]) >= weight.shape[2]
-    fits = fits and x.shape[1] == weight.shape[1]
-    plain = fits and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if not (plain and type(x) is Tensor and takes(x, weight, bias) and lies_channels_last(x)):
+    # First, as a compiler is not to look into what follows.
+    plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and type(x) is Tensor  # type: ignore[attr-defined]
+    fits = plain and is_small(weight, stride, padding, dilation) and takes(x, weight, bias) and lies_channels_last(x)
+    if not (fits and x.shape[1] == weight.shape[1] and min(x.shape[2:]) >= weight.shape[2]):
         return F.conv2d(x, weight, bias, stride, padding, dilation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y: Tensor = _Convolution.apply(x, weight, bias)
