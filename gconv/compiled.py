@@ -40,17 +40,32 @@ def compiled() -> ctypes.CDLL:
     return found
 
 
+def call(name: str, *given: Any) -> None:
+    """A compiled function, which a profiler sees.
+
+    Raises:
+        MemoryError: there was none.
+    """
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with torch.profiler.record_function(f"gconv::{name}"):
+            failed = getattr(compiled(), f"gconv_{name}")(*given)
+    else:
+        failed = getattr(compiled(), f"gconv_{name}")(*given)
+    if failed:
+        raise MemoryError(f"no memory for gconv::{name}")
+
+
 def takes(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether compiled functions may read these tensors, and what they give is all that is asked of a map x.
 
-    They know nothing of other types, of derivatives that are computed along, of function transforms and of autocast.
+    They know nothing of other types, of derivatives that are computed along, of function transforms and of autocast;
+    and what watches the operations of PyTorch, such as a counter of them, would not see theirs.
     """
-    return (
-        all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in (x, *parameters))
-        and forward_ad._current_level < 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and not torch.is_autocast_enabled("cpu")
-    )
+    for t in (x, *parameters):
+        if t is not None and not (t.is_cpu and t.dtype is torch.float32):
+            return False
+    along = forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not (along or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack())
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
@@ -73,7 +88,12 @@ def full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         bias: ``[O]``, or None.
         relu: whether ReLU comes then, of which what is not a number stays so.
     """
-    y: Tensor = torch.ops.gconv.full(x, weight, bias, relu)
+    n, channels, height, width = x.shape
+    k, out_channels = len(weight), weight.shape[3]
+    y = x.new_empty((n, height - k + 1, width - k + 1, out_channels)).permute(0, 3, 1, 2)
+    sizes = torch.get_num_threads(), n, channels, out_channels, k, height, width
+    if n:
+        call("full", *sizes, *map(address, (x, weight, bias)), int(relu), address(y))
     return y
 
 
@@ -123,7 +143,9 @@ class _Convolution(torch.autograd.Function):
 
 def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
     """``factor x + offset`` of a channels-last map, both ``[C]``, and ReLU of it if asked."""
-    y: Tensor = torch.ops.gconv.norm(x, factor, offset, relu)
+    y = torch.empty_like(x)
+    threads, positions, channels = torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1]
+    call("norm", threads, positions, channels, *map(address, (x, factor, offset)), int(relu), address(y))
     return y
 
 
@@ -135,70 +157,22 @@ def norm_train(
     Returns:
         The map, and the mean and the variance (of n, not n - 1) of each channel.
     """
-    y, mean, var = torch.ops.gconv.norm_train(x, weight, bias, order, eps, relu)
-    return y, mean, var
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    given = (*map(address, (x, weight, bias)), ctypes.c_double(eps), int(relu))
+    call("norm_train", *_sizes(x, order), *given, *map(address, found))
+    return found
 
 
 def norm_backward(
     grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, var: Tensor, order: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`norm_train` for the map, the weight and the bias; y is its result if that had ReLU."""
-    dx, dw, db = torch.ops.gconv.norm_backward(grad, x, y, weight, mean, var, order, eps)
-    return dx, dw, db
-
-
-def _full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    n, channels, height, width = x.shape
-    k, out_channels = len(weight), weight.shape[3]
-    y = x.new_empty((n, height - k + 1, width - k + 1, out_channels)).permute(0, 3, 1, 2)
-    sizes = torch.get_num_threads(), n, channels, out_channels, k, height, width
-    if n:
-        compiled().gconv_full(*sizes, *map(address, (x, weight, bias)), int(relu), address(y))
-    return y
-
-
-def _norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
-    y = torch.empty_like(x)
-    threads, positions, channels = torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1]
-    compiled().gconv_norm(threads, positions, channels, *map(address, (x, factor, offset)), int(relu), address(y))
-    return y
+    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    given = (*map(address, (grad, x, y, weight, mean, var)), ctypes.c_double(eps))
+    call("norm_backward", *_sizes(x, order), *given, *map(address, found))
+    return found
 
 
 def _sizes(x: Tensor, order: int) -> tuple[int, ctypes.c_size_t, int, int]:
     """Threads, positions, channels, and values of each."""
     return torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1] // order, order
-
-
-def _norm_train(
-    x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    given = (*map(address, (x, weight, bias)), ctypes.c_double(eps), int(relu))
-    if compiled().gconv_norm_train(*_sizes(x, order), *given, *map(address, found)):
-        raise MemoryError("no memory for the sums of batch norm")
-    return found
-
-
-def _norm_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, var: Tensor, order: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    given = (*map(address, (grad, x, y, weight, mean, var)), ctypes.c_double(eps))
-    if compiled().gconv_norm_backward(*_sizes(x, order), *given, *map(address, found)):
-        raise MemoryError("no memory for the sums of batch norm")
-    return found
-
-
-# As operations of PyTorch, so that what watches or records these sees them.
-_OPERATIONS = torch.library.Library("gconv", "DEF")
-_OPERATIONS.define("full(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor")
-_OPERATIONS.define("norm(Tensor x, Tensor factor, Tensor offset, bool relu) -> Tensor")
-_OPERATIONS.define(
-    "norm_train(Tensor x, Tensor weight, Tensor bias, int order, float eps, bool relu) -> (Tensor, Tensor, Tensor)"
-)
-_OPERATIONS.define(
-    "norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor var, int order, float eps)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-for _function in (_full, _norm, _norm_train, _norm_backward):
-    _OPERATIONS.impl(_function.__name__.removeprefix("_"), _function, "CPU")

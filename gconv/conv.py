@@ -18,24 +18,25 @@ from .functional import relu as relu_of
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
-from .onepass import Kernel, Sizes, runs, variants
+from .onepass import Kernel, Sizes, kernel_of, variants
 from .separable import FORMS, Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
 
 
 class _How(NamedTuple):
-    """How a layer runs: its execution, the memory format of the maps, and whether the compiled kernel does it."""
+    """How a layer runs: its execution, the memory format of the maps, and the compiled kernel, if that does it."""
 
     execution: Execution
     channels_last: bool
-    compiled: bool = False
+    kernel: Kernel | None = None
 
 
 class _Prepared(NamedTuple):
     """What the convolutions of a layer take beside the input: their filters, and the bias along the group axis.
 
-    All group-major, as the maps are inside the layers (:mod:`gconv.functional`).
+    All group-major, as the maps are inside the layers (:mod:`gconv.functional`). For the compiled kernel the one filter
+    is all that it packs.
     """
 
     filters: tuple[Any, ...]
@@ -57,16 +58,6 @@ class _Cache(NamedTuple):
             and len(parameters) == len(self.parameters)
             and all(new.dtype == old.dtype and torch.equal(new, old) for new, old in pairs)
         )
-
-
-def _runs_whole(prepared: _Prepared, x: Tensor, more: Tensor | None, relu: bool) -> bool:
-    """Whether one kernel does the convolution and what comes after it."""
-    kernel = prepared.filters[0]
-    if not isinstance(kernel, Kernel) or (relu and kernel.packed is None):
-        return False
-    sizes = kernel.sizes
-    shape = (len(x), sizes.order * sizes.out_channels, *sizes.output(x))
-    return more is None or (more.shape == shape and takes(more) and lies_channels_last(more))
 
 
 class _GroupConv(nn.Module, ABC):
@@ -169,12 +160,11 @@ class _GroupConv(nn.Module, ABC):
             bound = 1 / math.sqrt(self.fan_in)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _planar_input(self, x: Tensor) -> Tensor:
+    def _check_input(self, x: Tensor) -> None:
         i, s_in = self.filter_shape[1:3]
         if not ((x.dim() == 5 and x.shape[1:3] == (i, s_in)) or (x.dim() == 4 and s_in == 1 and x.shape[1] == i)):
             accepted = f"[N, {i}, {s_in}, H, W]" + (f" or [N, {i}, H, W]" if s_in == 1 else "")
             raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
-        return to_group_major(x)
 
     def forward(self, x: Tensor, *, more: Tensor | None = None, relu: bool = False) -> Tensor:
         """The layer's output ``[N, O, S, H', W']``; plus a map of that shape, and then ReLU, if asked.
@@ -182,19 +172,29 @@ class _GroupConv(nn.Module, ABC):
         Raises:
             InputError: the input's shape does not fit.
         """
-        x = self._planar_input(x)
-        prepared = self._prepared(x)
-        if more is not None:
-            more = to_group_major(more)
-        if _runs_whole(prepared, x, more, relu):
-            return from_group_major(prepared.filters[0].run(x, more, relu), self.group.order)
-        y = self._run(x, prepared)
+        self._check_input(x)
+        if x.dim() == 4 and not self._lifting:
+            x = x.unsqueeze(2)
+        parameters = self._own_parameters(x)
+        kernel = None if parameters is None else self._kernel_for(x, parameters)
+        if kernel is None:
+            planar = to_group_major(x)
+            prepared = self._prepared(_How(self.execution, lies_channels_last(planar)), parameters)
+            y = from_group_major(self._run(planar, prepared), self.group.order)
+        elif kernel.adds(more, x):
+            if torch.is_grad_enabled():
+                y, more = kernel.run(x, *self._kernel_parameters(), self.bias, more), None
+            else:
+                (packed,) = self._prepared(_How(self.execution, True, kernel), parameters).filters
+                return kernel.forward(x, packed, more, relu)
+        else:
+            y = self.forward(x)
         y = y if more is None else y + more
-        return from_group_major(relu_of(y) if relu else y, self.group.order)
+        return relu_of(y) if relu else y
 
     @abstractmethod
-    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
-        """The filters of the convolutions, from the parameters; with a bias ``[S O]``, where they take that too."""
+    def _new_filters(self, how: _How) -> tuple[Any, ...]:
+        """The filters of the convolutions, from the parameters."""
 
     def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
         """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
@@ -202,32 +202,54 @@ class _GroupConv(nn.Module, ABC):
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
         """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
-        if isinstance(prepared.filters[0], Kernel):
-            return prepared.filters[0].run(x)
         (weight,) = prepared.filters
         return convolve(x, weight, prepared.bias, *self.sampling)
 
     def _prepare(self, how: _How) -> _Prepared:
+        if how.kernel is not None:
+            return _Prepared((how.kernel.pack(*self._kernel_parameters(), self.bias),), None)
         bias = None if self.bias is None else self.bias.repeat(self.group.order)
-        return _Prepared(self._new_filters(how, bias), bias)
+        return _Prepared(self._new_filters(how), bias)
 
-    def _is_compiled(self, x: Tensor) -> bool:
-        """Whether the compiled kernel runs this layer on this map."""
-        return False
+    def _kernel(self) -> Kernel | None:
+        """The compiled kernel, where it is to run this layer."""
+        return None
 
-    def _prepared(self, x: Tensor) -> _Prepared:
-        """What runs on this input, made anew or kept from before."""
-        how = _How(self.execution, lies_channels_last(x))
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
+        """The mix and the planar kernels that it takes."""
+        raise NotImplementedError
+
+    def _kernel_for(self, x: Tensor, parameters: list[Tensor]) -> Kernel | None:
+        """The compiled kernel, if that is to run this layer and takes the map and the parameters."""
+        kernel = self._kernel()
+        usual = kernel is not None and takes(x, *parameters) and kernel.takes(x)
+        return kernel if usual else None
+
+    def _own_parameters(self, x: Tensor) -> list[Tensor] | None:
+        """The parameters, on a CPU; None where what is not seen here may come with a map, or stands in for them.
+
+        These are compilers and tracers, and tensors of other types: of functional calls, parametrisations, tracers.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:  # type: ignore[attr-defined]
+            return None
+        own: list[Tensor] = []
+        for name in (*self._factors, "bias"):
+            parameter = self._parameters[name] if name in self._parameters else getattr(self, name)
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter or not parameter.is_cpu:
+                return None
+            own.append(parameter)
+        return own
+
+    def _prepared(self, how: _How, parameters: list[Tensor] | None) -> _Prepared:
+        """What runs, made anew or kept from before."""
+        if parameters is None:
             return self._prepare(how)
-        parameters = [p for p in (getattr(self, name) for name in (*self._factors, "bias")) if p is not None]
-        # Tensors of other types stand in for the layer's own: of functional calls, parametrisations, tracers.
-        plain = type(x) is Tensor and all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)
-        if plain and takes(x, *parameters) and self._is_compiled(x):
-            how = how._replace(compiled=True)
         # Autocast may round what is prepared.
-        if not plain or self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            self._cache = None
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            if self._cache is not None:
+                self._cache = None
             return self._prepare(how)
         cache = self._cache  # read once: another thread may replace it
         if cache is None or not cache.is_of(how, parameters):
@@ -284,7 +306,7 @@ class _FullConv(_GroupConv):
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_shared()
 
-    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
+    def _new_filters(self, how: _How) -> tuple[Any, ...]:
         return (self._expanded(self.weight, how.channels_last),)
 
 
@@ -324,32 +346,23 @@ class GConv2d(_FullConv):
     group, the compiled kernel runs the layer so. :meth:`macs` counts the expanded filter all the same.
     """
 
-    def _is_compiled(self, x: Tensor) -> bool:
-        return self.mixes and runs(x, self._kernel_sizes)
+    def _kernel(self) -> Kernel | None:
+        if not self.mixes:
+            return None
+        o, i, s, k = self.filter_shape
+        sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
+        return kernel_of(self.group, sizes, True, self.bias is not None)
 
     @property
     def mixes(self) -> bool:
         """Whether the compiled kernel, where it is, is to run this layer as mixes of pixels."""
         return bool(variants()) and _pays(self.filter_shape, self.group)
 
-    @property
-    def _kernel_sizes(self) -> Sizes:
-        o, i, s, k = self.filter_shape
-        return Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
-
-    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
-        if not how.compiled:
-            return super()._new_filters(how, bias)
+    def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
         o, i, s, k = self.filter_shape
         mix = _PIXELS.fold(self.weight, self._pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
         pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
-        w, d = _PIXELS.filters(mix, pixels, self.tables, basis_on(self.group, mix.device, mix.dtype))
-        kernel = Kernel(self._kernel_sizes, w, d, bias, self._run_slowly)
-        return (kernel if torch.is_grad_enabled() else kernel.kept(),)
-
-    def _run_slowly(self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None) -> Tensor:
-        k = self.kernel_size[0]
-        return _PIXELS.run(x, w, d, bias, self.filter_shape, k * k, self.sampling)
+        return mix, pixels
 
 
 _PIXELS = FORMS["gc_in"]
@@ -454,7 +467,7 @@ class SeparableGConv2d(_GroupConv):
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
 
-    def _new_filters(self, how: _How, bias: Tensor | None) -> tuple[Any, ...]:
+    def _new_filters(self, how: _How) -> tuple[Any, ...]:
         if self.execution == "dense":
             return (self._expanded(self.weight, how.channels_last),)
         basis = self._basis_for(self.execution)
@@ -462,28 +475,23 @@ class SeparableGConv2d(_GroupConv):
             # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
             direct = on_tensor_cores(self.mix)
             basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)
-        w, d = self.form.filters(self.mix, self.spatial, self.tables, basis)
-        if not how.compiled:
-            return w, d
-        kernel = Kernel(self._kernel_sizes, w, d, bias, self._run_slowly)
-        return (kernel if torch.is_grad_enabled() else kernel.kept(),)
+        return self.form.filters(self.mix, self.spatial, self.tables, basis)
 
     def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        if self.execution == "dense" or isinstance(prepared.filters[0], Kernel):
+        if self.execution == "dense":
             return super()._run(x, prepared)
         w, d = prepared.filters
-        return self._run_slowly(x, w, d, prepared.bias)
+        return self.form.run(x, w, d, prepared.bias, self.filter_shape, self.rank, self.sampling)
 
-    def _run_slowly(self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None) -> Tensor:
-        return self.form.run(x, w, d, bias, self.filter_shape, self.rank, self.sampling)
-
-    def _is_compiled(self, x: Tensor) -> bool:
-        return self.execution != "dense" and "irrep" in self.form.executions and runs(x, self._kernel_sizes)
-
-    @property
-    def _kernel_sizes(self) -> Sizes:
+    def _kernel(self) -> Kernel | None:
+        if self.execution == "dense" or "irrep" not in self.form.executions:
+            return None
         o, i, s, k = self.filter_shape
-        return Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
+        sizes = Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
+        return kernel_of(self.group, sizes, self.execution == "irrep", self.bias is not None)
+
+    def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
+        return self.mix, self.spatial
 
     def _basis_for(self, execution: str) -> Basis | None:
         return self._basis if execution == "irrep" else None

@@ -8,6 +8,7 @@ then lies together in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,25 @@ def is_channels_last(x: Tensor) -> bool:
 def lies_channels_last(x: Tensor) -> bool:
     """The same, where a map of one channel or pixel counts by its strides."""
     return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def lies_grouped(x: Tensor) -> bool:
+    """Whether ``[N, C, S, H, W]`` lies in memory as the layers give it: channels-last and group-major."""
+    strides, expected = x.stride(), _grouped_strides(x.shape)
+    return strides == expected or all(
+        size == 1 or one == other for size, one, other in zip(x.shape, strides, expected, strict=True)
+    )
+
+
+def new_grouped(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised map ``[N, C, S, H, W]`` that lies so, on the device and of the type of another tensor."""
+    return like.new_empty_strided(shape, _grouped_strides(shape))
+
+
+def _grouped_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    _, c, s, h, w = shape
+    pixel = s * c
+    return h * w * pixel, 1, c, w * pixel, pixel
 
 
 def on_tensor_cores(x: Tensor) -> bool:

@@ -8,9 +8,9 @@ takes as it lies in memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,10 @@ _OVERHEAD = 94
 It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores, when direct mixes were
 matrix products at every size; ``benchmarks/speed_layers.py`` measures what the rule gives.
 """
+
+_COMPILED = 3.2
+"""The same of the compiled kernel, for each element of the group: from 4 to 48 channels, on p4 it is the faster way
+above ten, on p4m above six."""
 
 
 class Basis(NamedTuple):
@@ -46,12 +50,9 @@ class Basis(NamedTuple):
         return sum(n * m.shape[1] ** 2 for n, m in zip(self.copies, self.matrices, strict=True))
 
     def pays(self, out_channels: int, in_channels: int, *, compiled: bool) -> bool:
-        """Whether a mix is faster in this basis than direct: with the compiled kernel where it has fewer operations.
-
-        By PyTorch's operations the changes of basis cost more; that rule was fitted to measurements.
-        """
+        """Whether a mix is faster in this basis than direct, by PyTorch's operations or with the compiled kernel."""
         order, pairs = len(self.basis), out_channels * in_channels
-        change = order if compiled else _OVERHEAD
+        change = _COMPILED * order if compiled else _OVERHEAD
         return self.macs * pairs + change * order * (out_channels + in_channels) < order**2 * pairs
 
 
@@ -61,6 +62,15 @@ def basis_of(group: Group) -> Basis:
     found = regular_blocks(group)
     matrices = tuple(torch.from_numpy(block.matrices.copy()) for block in found.blocks)
     return Basis(torch.from_numpy(found.basis.copy()), tuple(block.copies for block in found.blocks), matrices)
+
+
+@cache
+def regular(group: Group) -> Basis:
+    """Direct mixing in the same terms: the regular representation as it is, one block of size S."""
+    seen = torch.from_numpy(group.relative_table().copy())
+    elements = torch.arange(group.order)
+    one = torch.eye(group.order, dtype=torch.float64)
+    return Basis(one, (1,), ((seen == elements.view(-1, 1, 1)).double(),))
 
 
 @cache
@@ -90,17 +100,6 @@ class DirectMixing:
     """
 
     weights: Tensor
-    copies: ClassVar[tuple[int, ...]] = (1,)
-
-    @property
-    def matrices(self) -> tuple[Tensor, ...]:
-        """The weights as those of :class:`IrrepMixing` are kept: ``[R, written, read]`` for every kind of block."""
-        return (self.weights,)
-
-    def with_matrices(self, matrices: tuple[Tensor, ...]) -> DirectMixing:
-        """The same mixing with other weights."""
-        (weights,) = matrices
-        return DirectMixing(weights)
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
         for weight in self.weights.unbind():
@@ -128,15 +127,6 @@ class IrrepMixing:
     basis: Tensor
     copies: tuple[int, ...]
     weights: tuple[Tensor, ...]
-
-    @property
-    def matrices(self) -> tuple[Tensor, ...]:
-        """The weights."""
-        return self.weights
-
-    def with_matrices(self, matrices: tuple[Tensor, ...]) -> IrrepMixing:
-        """The same mixing with other weights."""
-        return replace(self, weights=matrices)
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
         turned = _in_basis(_rows(x), self.basis.mT)

@@ -2,25 +2,29 @@
 
 One after the other, on whole maps, the two are a matter of memory. ``csrc/separable.c`` takes an image row by row, so
 that what lies between them stays in the cache, forward and backward. It is for maps on a CPU, in single precision and
-channels-last; everywhere else the operations of PyTorch do the same (:meth:`gconv.separable.Form.run`).
+as the layers give them; everywhere else the operations of PyTorch do the same (:meth:`gconv.separable.Form.run`).
+
+A small layer is over in a tenth of a millisecond, in which few operations of PyTorch can be called. So the kernel is
+given a layer's parameters as they are and gives back their gradients, and what it needs to know of a layer's size is
+made once.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compiled import address, compiled, library, takes
-from .functional import lies_channels_last
-from .mixing import DirectMixing, IrrepMixing
-
-Mixing = DirectMixing | IrrepMixing
+from .compiled import address, call, compiled, library, takes
+from .functional import Sampling, Tables, from_group_major, lies_grouped, new_grouped, to_group_major
+from .groups import Group
+from .mixing import basis_of, basis_on, regular
+from .separable import FORMS, FilterShape
 
 MOST_K, MOST_ORDER = 15, 8  # as in csrc/separable.c
 _LARGEST = 2**31 - 1  # of an int there
@@ -33,7 +37,7 @@ class _Layer(ctypes.Structure):
         *((name, _int) for name in ("order", "in_channels", "out_channels", "rank", "planar_first")),
         *((name, _int) for name in ("k", "stride", "padding", "height", "width", "out_height", "out_width")),
         *((name, _int) for name in ("products", "in_basis", "biased", "weights", "weights_back")),
-        *((name, _pointer) for name in ("table", "packed")),
+        *((name, _pointer) for name in ("table", "matrices", "basis", "pixels")),
     )
 
 
@@ -64,165 +68,61 @@ class Sizes(NamedTuple):
     padding: int
     dilation: int
 
-    def output(self, x: Tensor) -> tuple[int, int]:
+    def output(self, height: int, width: int) -> tuple[int, int]:
         """The height and the width of what becomes of a map."""
-        height, width = ((side + 2 * self.padding - self.k) // self.stride + 1 for side in x.shape[2:])
-        return height, width
+        reach = 2 * self.padding - self.k
+        return (height + reach) // self.stride + 1, (width + reach) // self.stride + 1
 
 
-def runs(x: Tensor, sizes: Sizes) -> bool:
-    """Whether the kernel takes this map ``[N, S I, H, W]`` and this layer."""
-    if not (variants() and takes(x) and lies_channels_last(x)):
-        return False
-    s, i, o, rank, _, k, _, padding, dilation = sizes
-    known = dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER
-    some = len(x) > 0 and min(sizes.output(x)) > 0
-    pixels = (x.shape[2] + 2 * k) * (x.shape[3] + 2 * k)  # more than of any map
-    few = pixels * s * max(i, o) * rank <= _LARGEST
-    return known and some and few
+class _Product(NamedTuple):
+    """One of the matrix products that a mix is a sum of, as a row of the table of ``csrc/separable.c``."""
+
+    read: int
+    depth: int
+    written: int
+    columns: int
+    added: bool
+    added_back: bool
+    packed: int
+    packed_back: int
+    term: int
+    size: int
+    matrices: int
+    first: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A layer's filters, to be run by the compiled kernel.
+    """What the compiled kernel is told of a layer, whatever its parameters are; obtained from :func:`kernel_of`.
+
+    The parameters, in the shapes of the forms ``gc`` and ``gc_in``, are ``mix``, ``spatial`` and a bias ``[O]`` or
+    None. Maps are ``[N, C, S, H, W]`` and lie as :func:`gconv.functional.lies_grouped` says.
 
     Attributes:
+        group: of the layer.
         sizes: of the layer.
-        mixing: as the form makes it.
-        planes: ``[R, S C, 1, k, k]``, likewise.
-        bias: ``[S O]``, or None.
-        slowly: the same layer by PyTorch's operations: its output from a map, the mixing, the planes and the bias.
-        packed: all that as the kernel reads it, where it is kept; else it is made anew in every pass.
-    """
-
-    sizes: Sizes
-    mixing: Mixing
-    planes: Tensor
-    bias: Tensor | None
-    slowly: Callable[[Tensor, Mixing, Tensor, Tensor | None], Tensor]
-    packed: Tensor | None = None
-
-    def kept(self) -> Kernel:
-        """The same, packed: for passes without gradients."""
-        return replace(self, packed=pack(self))
-
-    def run(self, x: Tensor, more: Tensor | None = None, relu: bool = False) -> Tensor:
-        """The output ``[N, S O, H', W']`` for a map ``[N, S I, H, W]``.
-
-        Args:
-            x: the map.
-            more: is added to the output; channels-last.
-            relu: whether ReLU comes then; only without gradients.
-        """
-        given = (x, more, self.bias, self.planes, *self.mixing.matrices)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-            assert not relu
-            y: Tensor = _Differentiable.apply(self, *given)
-            return y
-        return forward(self, x, pack(self) if self.packed is None else self.packed, more=more, relu=relu)
-
-    def settings(self, variant: int | None = None) -> list[int]:
-        """What the kernel is told beside tensors: the version, by default the best here, the copies and the sizes."""
-        sizes, mixing = self.sizes, self.mixing
-        variant = next(iter(variants())) if variant is None else variant
-        blocks = [(n, *w.shape[1:]) for n, w in zip(mixing.copies, mixing.matrices, strict=True)]
-        in_basis, biased = isinstance(mixing, IrrepMixing), self.bias is not None
-        return [int(n) for n in (variant, in_basis, biased, *sizes, *(n for block in blocks for n in block))]
-
-
-class _Differentiable(torch.autograd.Function):
-    """The kernel with its gradients; those of these are PyTorch's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernel: Kernel,
-        x: Tensor,
-        more: Tensor | None,
-        bias: Tensor | None,
-        planes: Tensor,
-        *matrices: Tensor,
-    ) -> Tensor:
-        ctx.kernel, ctx.packed = kernel, pack(kernel)
-        ctx.save_for_backward(x, bias, planes, *matrices)
-        return forward(kernel, x, ctx.packed, more=more)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, (gradient,) = ctx.kernel, gradients
-        of_more = gradient if ctx.needs_input_grad[2] else None
-        x, bias, planes, *matrices = given = ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients are to have some themselves
-            y = kernel.slowly(x, kernel.mixing.with_matrices(tuple(matrices)), planes, bias)
-            wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            of_x, *others = (next(found) if t is not None and t.requires_grad else None for t in given)
-            return None, of_x, of_more, *others
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-        of_x, of_matrices, of_planes = torch.ops.gconv.separable_backward(
-            x, gradient, ctx.packed, ctx.needs_input_grad[4], kernel.settings()
-        )
-        each = of_matrices.split([matrix.numel() for matrix in matrices])
-        of_planes = of_planes if ctx.needs_input_grad[4] else None
-        return None, of_x, of_more, of_bias, of_planes, *map(Tensor.view_as, each, matrices)
-
-
-def forward(
-    kernel: Kernel,
-    x: Tensor,
-    packed: Tensor,
-    variant: int | None = None,
-    more: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """The output of the layer, channels-last; plus a map that lies so too, and then ReLU, if asked."""
-    y: Tensor = torch.ops.gconv.separable(x, packed, more, relu, kernel.settings(variant))
-    return y
-
-
-def pack(kernel: Kernel, variant: int | None = None) -> Tensor:
-    """Filters and bias as a version of the kernel reads them."""
-    told = _Told.of(kernel.settings(variant))
-    with torch.no_grad():
-        matrices = torch.cat([matrix.flatten() for matrix in kernel.mixing.matrices])
-        planes, basis = kernel.planes.contiguous(), getattr(kernel.mixing, "basis", None)
-        packed = matrices.new_empty(told.length)
-        layer = told.layer(packed)
-        given = (matrices, planes, None if basis is None else basis.contiguous(), kernel.bias)
-        compiled().gconv_pack(told.variant, ctypes.byref(layer), *map(address, given))
-    return packed
-
-
-class _Told(NamedTuple):
-    """What the kernel is told of a layer, for one of its versions.
-
-    Attributes:
-        variant: which version.
-        sizes: of the layer.
-        in_basis: whether the mix is in a basis of the group axis.
+        in_basis: whether the mix is in the irreducible representations of the group.
         biased: whether there is a bias.
-        table: ``[P, 9]``, the matrix products of the mix, as in ``csrc/separable.c``.
-        matrices: how many values the matrices have.
-        weights: how many the packed ones.
+        variant: which version of the kernel.
+        table: ``[P, 12]``, the matrix products of the mix, each a :class:`_Product`.
+        matrices: what the products are made from: for every kind of block ``[S, d, d]``, one after the other.
+        basis: ``[S, S]``.
+        pixels: ``[S, k k]``, where the entries of the turned planar kernels come from.
+        weights: how many values the packed matrices have.
         weights_back: how many the packed transposed ones.
-        length: of all that is packed.
     """
 
-    variant: int
+    group: Group
     sizes: Sizes
     in_basis: bool
     biased: bool
+    variant: int
     table: Tensor
-    matrices: int
+    matrices: Tensor
+    basis: Tensor
+    pixels: Tensor
     weights: int
     weights_back: int
-    length: int
-
-    @classmethod
-    def of(cls, settings: Sequence[int]) -> _Told:
-        """From what :meth:`Kernel.settings` gives."""
-        return _told(tuple(settings))
 
     @property
     def planes(self) -> int:
@@ -231,80 +131,190 @@ class _Told(NamedTuple):
         channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
         return sizes.rank * sizes.k**2 * _rounded(channels, variants()[self.variant])
 
-    def layer(self, packed: Tensor, x: Tensor | None = None) -> _Layer:
-        """For the kernel, of a map; it points into these tensors."""
-        maps = (0, 0, 0, 0) if x is None else (*x.shape[2:], *self.sizes.output(x))
-        counts = len(self.table), self.in_basis, self.biased, self.weights, self.weights_back
-        return _Layer(*self.sizes[:-1], *maps, *counts, self.table.data_ptr(), packed.data_ptr())
+    @property
+    def biases(self) -> int:
+        """How many the packed bias has."""
+        return _rounded(self.sizes.order * self.sizes.out_channels, variants()[self.variant])
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it runs on this map, which :func:`gconv.compiled.takes` takes."""
+        return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and lies_grouped(x)
+
+    def adds(self, more: Tensor | None, x: Tensor) -> bool:
+        """Whether it can add this map, if any, to what becomes of x."""
+        if more is None:
+            return True
+        shape = (len(x), self.sizes.out_channels, self.sizes.order, *self.sizes.output(*x.shape[3:]))
+        return more.shape == shape and takes(more) and lies_grouped(more)
+
+    def _layer(self, height: int, width: int) -> Any:
+        """For the compiled functions, of maps of this size, which :meth:`takes` has seen."""
+        layer = _layer_of(self, height, width)
+        assert layer is not None
+        return ctypes.byref(layer)
+
+    def pack(self, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
+        """The parameters as the kernel reads them."""
+        packed = mix.new_empty(self.weights + self.weights_back + 2 * self.planes + self.biases)
+        given = (
+            mix.contiguous(),
+            spatial.contiguous(),
+            None if bias is None else bias.contiguous(),
+        )  # named, as an address keeps nothing alive
+        layer = self._layer(self.sizes.k, self.sizes.k)  # the size of the maps does not matter
+        call("pack", self.variant, layer, torch.get_num_threads(), *map(address, given), address(packed))
+        return packed
+
+    def forward(self, x: Tensor, packed: Tensor, more: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The output ``[N, O, S, H', W']``, without gradients.
+
+        Args:
+            x: ``[N, I, S, H, W]``.
+            packed: by :meth:`pack`.
+            more: is added to the output.
+            relu: whether ReLU comes then.
+        """
+        sizes, (height, width) = self.sizes, x.shape[3:]
+        y = new_grouped(x, len(x), sizes.out_channels, sizes.order, *sizes.output(height, width))
+        tensors = address(packed), address(x), address(more), int(relu), address(y)
+        call("forward", self.variant, self._layer(height, width), len(x), torch.get_num_threads(), *tensors)
+        return y
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, packed: Tensor, with_planes: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The gradients of the map, the mix, the planar kernels if asked, and the bias if there is one."""
+        s, i, o, rank, planar_first, k, *_ = self.sizes
+        mix, spatial = FORMS["gc_in" if planar_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
+        of_spatial = x.new_empty(spatial) if with_planes else None
+        of_bias = x.new_empty(o) if self.biased else None
+        found = new_grouped(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
+        layer, threads = self._layer(*x.shape[3:]), torch.get_num_threads()
+        call("backward", self.variant, layer, len(x), threads, *map(address, (packed, x, gradient, *found)))
+        return found
+
+    def run(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
+        """The same from the parameters themselves, with gradients."""
+        y: Tensor = _Differentiable.apply(self, x, mix, spatial, bias, more)
+        return y
+
+    def slowly(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
+        """The same by PyTorch's operations."""
+        s, i, o, rank, planar_first, k, *sampling = self.sizes
+        form = FORMS["gc_in" if planar_first else "gc"]
+        basis = basis_on(self.group, x.device, x.dtype) if self.in_basis else None
+        filters = form.filters(mix, spatial, Tables.build(self.group, k, device=x.device), basis)
+        biases = None if bias is None else bias.repeat(s)
+        y = form.run(to_group_major(x), *filters, biases, FilterShape(o, i, s, k), rank, Sampling(*sampling))
+        return from_group_major(y, s)
 
 
 @lru_cache(maxsize=1024)
-def _told(settings: tuple[int, ...]) -> _Told:
-    fields = len(Sizes._fields)
-    variant, in_basis, biased = settings[:3]
-    sizes, blocks = Sizes(*settings[3 : 3 + fields]), settings[3 + fields :]  # type: ignore[arg-type]
+def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant: int | None = None) -> Kernel | None:
+    """The kernel for layers of a size, by default the best version here; None where it cannot run any.
+
+    Args:
+        group: of the layer.
+        sizes: of the layer.
+        in_basis: whether its mix is to be in the irreducible representations of the group.
+        biased: whether it has a bias.
+        variant: one of :func:`variants`.
+    """
+    s, i, o, rank, planar_first, k, _, padding, dilation = sizes
+    if not (variants() and dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
+        return None
+    basis, copies, kinds = basis_of(group) if in_basis else regular(group)
+    if variant is None:
+        variant = _best(sizes, in_basis, copies, [kind.shape[1] for kind in kinds])
     lanes = variants()[variant]
-    rows, starts = [], [0, 0, 0]
-    reads, writes = [], []
-    for term in range(sizes.rank):
-        reads.append(term * sizes.order * sizes.in_channels if sizes.planar_first else 0)
-        writes.append(0 if sizes.planar_first else term * sizes.order * sizes.out_channels)
-    for copies, columns, depth in zip(*(blocks[n::3] for n in range(3)), strict=True):
-        for term in range(sizes.rank):
-            for _ in range(copies):
-                added = term > 0
-                adds = (added, False) if sizes.planar_first else (False, added)
-                rows.append((reads[term], depth, writes[term], columns, *adds, *starts))
+    products = []
+    packed = packed_back = matrices = 0
+    reads = [term * s * i if planar_first else 0 for term in range(rank)]
+    writes = [0 if planar_first else term * s * o for term in range(rank)]
+    # Of terms that are added to the same values, the first must come first.
+    for number, kind in zip(copies, kinds, strict=True):
+        d = kind.shape[1]
+        depth, columns = d * i, d * o
+        for term in range(rank):
+            for copy in range(number):
+                adds = (term > 0, False) if planar_first else (False, term > 0)
+                where = reads[term], depth, writes[term], columns, *adds, packed, packed_back
+                products.append(_Product(*where, term, d, matrices, copy == 0))
                 reads[term] += depth
                 writes[term] += columns
-            starts[0] += columns * depth
-            starts[1] += _rounded(columns, lanes) * depth
-            starts[2] += _rounded(depth, lanes) * columns
-    # Of terms that are added to the same values, the first must come first.
-    table = torch.tensor(rows, dtype=torch.int32)
-    matrices, weights, weights_back = starts
-    told = _Told(variant, sizes, bool(in_basis), bool(biased), table, matrices, weights, weights_back, length=0)
-    bias = _rounded(sizes.order * sizes.out_channels, lanes)
-    return told._replace(length=weights + weights_back + 2 * told.planes + 2 * sizes.order**2 + bias)
+            packed += _rounded(columns, lanes) * depth
+            packed_back += _rounded(depth, lanes) * columns
+        matrices += kind.numel()
+    if max(packed, packed_back) > _LARGEST:
+        return None
+    table = torch.tensor(products, dtype=torch.int32)
+    flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
+    pixels = torch.tensor(group.pixel_table(k), dtype=torch.int32)
+    return Kernel(
+        group, sizes, in_basis, biased, variant, table, flat, basis.float().contiguous(), pixels, packed, packed_back
+    )
+
+
+def _best(sizes: Sizes, in_basis: bool, copies: Sequence[int], blocks: Sequence[int]) -> int:
+    """The version for a layer: that with the longest vectors, unless too much of these would be empty."""
+    first, *others = variants()
+    if (first, *others[:1]) != (_WIDE, _NARROW):
+        return first
+    s, i, o, *_ = sizes
+
+    def values(lanes: int) -> int:
+        """As many as the vectors of a pass have, empty ones counted."""
+        changes = in_basis * s * s * (_rounded(i, lanes) + _rounded(o, lanes))
+        return changes + sum(n * d * i * _rounded(d * o, lanes) for n, d in zip(copies, blocks, strict=True))
+
+    return _NARROW if values(8) < _MUCH * values(16) else _WIDE
+
+
+_WIDE, _NARROW = 0, 1
+"""The versions for one instruction set, with vectors of sixteen and of eight."""
+
+_MUCH = 0.85
+"""Vectors of eight take more instructions. Fitted to times of p4 and p4m layers of 2 to 48 channels on two cores."""
+
+
+@lru_cache(maxsize=4096)
+def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
+    sizes = kernel.sizes
+    output = sizes.output(height, width)
+    pixels = (height + 2 * sizes.k) * (width + 2 * sizes.k)  # more than of any map
+    values = pixels * sizes.order * max(sizes.in_channels, sizes.out_channels) * sizes.rank
+    if min(output) <= 0 or values > _LARGEST:
+        return None
+    counts = len(kernel.table), kernel.in_basis, kernel.biased, kernel.weights, kernel.weights_back
+    tensors = kernel.table, kernel.matrices, kernel.basis, kernel.pixels
+    return _Layer(*sizes[:-1], height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
 
 
 def _rounded(values: int, lanes: int) -> int:
     return values + -values % lanes
 
 
-def _forward(x: Tensor, packed: Tensor, more: Tensor | None, relu: bool, settings: list[int]) -> Tensor:
-    told = _Told.of(settings)
-    sizes = told.sizes
-    y = x.new_empty((len(x), *sizes.output(x), sizes.order * sizes.out_channels)).permute(0, 3, 1, 2)
-    layer, threads = told.layer(packed, x), torch.get_num_threads()
-    tensors = address(x), address(more), int(relu), address(y)
-    if compiled().gconv_forward(told.variant, ctypes.byref(layer), len(x), threads, *tensors):
-        raise MemoryError("no memory for the rows of a convolution")
-    return y
+class _Differentiable(torch.autograd.Function):
+    """The kernel with its gradients; those of these are PyTorch's."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, more: Tensor | None
+    ) -> Tensor:
+        ctx.kernel, ctx.packed = kernel, kernel.pack(mix, spatial, bias)
+        ctx.save_for_backward(x, mix, spatial, bias)
+        return kernel.forward(x, ctx.packed, more)
 
-def _backward(
-    x: Tensor, gradient: Tensor, packed: Tensor, with_planes: bool, settings: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    told = _Told.of(settings)
-    sizes, threads = told.sizes, torch.get_num_threads()
-    sums = x.new_zeros((threads, told.weights + told.planes))
-    channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
-    shape = (sizes.rank, channels, 1, sizes.k, sizes.k) if with_planes else (0,)
-    of_x, of_matrices, of_planes = torch.empty_like(x), x.new_empty(told.matrices), x.new_empty(shape)
-    given = (x, gradient, sums, of_x, of_matrices, of_planes if with_planes else None)
-    layer, tensors = told.layer(packed, x), map(address, given)
-    if compiled().gconv_backward(told.variant, ctypes.byref(layer), len(x), threads, *tensors):
-        raise MemoryError("no memory for the rows of a convolution")
-    return of_x, of_matrices, of_planes
-
-
-# As operations of PyTorch, so that what watches or records these sees one.
-_OPERATIONS = torch.library.Library("gconv", "FRAGMENT")
-_OPERATIONS.define("separable(Tensor x, Tensor packed, Tensor? more, bool relu, int[] settings) -> Tensor")
-_OPERATIONS.define(
-    "separable_backward(Tensor x, Tensor gradient, Tensor packed, bool with_planes, int[] settings)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_OPERATIONS.impl("separable", _forward, "CPU")
-_OPERATIONS.impl("separable_backward", _backward, "CPU")
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, (gradient,) = ctx.kernel, gradients
+        of_more = gradient if ctx.needs_input_grad[5] else None
+        given = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients are to have some themselves
+            y = kernel.slowly(*given)
+            wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+            return None, *(next(found) if t is not None and t.requires_grad else None for t in given), of_more
+        if not lies_grouped(gradient):
+            gradient = new_grouped(gradient, *gradient.shape).copy_(gradient)
+        return None, *kernel.backward(given[0], gradient, ctx.packed, ctx.needs_input_grad[3]), of_more

@@ -69,9 +69,9 @@ int gconv_full_runs(void)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
-/* With weights [k][k][C][O], O a multiple of eight, a bias or NULL, and ReLU if asked. */
-void gconv_full(int threads, int n, int channels, int out_channels, int k, int height, int width, const float *x,
-                const float *w, const float *bias, int relu, float *y)
+/* With weights [k][k][C][O], O a multiple of eight, a bias or NULL, and ReLU if asked. Returns 0. */
+int gconv_full(int threads, int n, int channels, int out_channels, int k, int height, int width, const float *x,
+               const float *w, const float *bias, int relu, float *y)
 {
     const struct sizes s = {channels, out_channels, k, height, width};
     int rows = height - k + 1, bands = n < threads ? (threads + n - 1) / n : 1;
@@ -83,6 +83,7 @@ void gconv_full(int threads, int n, int channels, int out_channels, int k, int h
             row(&s, x + ((size_t)image * height + i) * width * channels, w, bias, relu,
                 y + ((size_t)image * rows + i) * (width - k + 1) * out_channels);
     }
+    return 0;
 }
 
 #else

@@ -82,15 +82,16 @@ static void join(double *mean, double *squares, double *count, double other_mean
     *count = total;
 }
 
-/* y = factor x + offset, and ReLU of that. */
-void gconv_norm(int threads, size_t n, int c, const float *x, const float *factor, const float *offset, int relu,
-                float *y)
+/* y = factor x + offset, and ReLU of that. Returns 0. */
+int gconv_norm(int threads, size_t n, int c, const float *x, const float *factor, const float *offset, int relu,
+               float *y)
 {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int t = 0; t < threads; t++) {
         size_t first = n * t / threads, last = n * (t + 1) / threads;
         apply(last - first, c, x + first * c, factor, offset, relu, y + first * c);
     }
+    return 0;
 }
 
 /* The same with the mean and the variance (of n, not n - 1) of each of `channels`, which are found too.

@@ -1,6 +1,6 @@
 /* The kernels of separable.c for one instruction set: NAME(x) is the name of x there, TARGET the attribute of its
- * functions, V the floats a vector, TALL the most rows of a tile of a matrix product, MASKED whether parts of vectors
- * are loaded and stored by masks. */
+ * functions, V the floats a vector, REGISTERS how many vectors it holds, WIDE the most vectors in a row of a tile of a
+ * matrix product, LOAD_MASKED and STORE_MASKED how parts of vectors are loaded and stored, where it can. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * V), aligned(4)));
 typedef int NAME(ints) __attribute__((vector_size(4 * V)));
@@ -15,8 +15,8 @@ INLINE TARGET void NAME(store)(float *to, vec value) { *(vec *)to = value; }
 INLINE TARGET vec NAME(load_part)(const float *from, int n)
 {
     if (n >= V) return NAME(load)(from);
-#if MASKED
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
+#ifdef LOAD_MASKED
+    return (vec)LOAD_MASKED((1u << n) - 1, from);
 #else
     vec value = {0};
     for (int i = 0; i < n; i++) value[i] = from[i];
@@ -30,23 +30,34 @@ INLINE TARGET void NAME(store_part)(float *to, vec value, int n)
         NAME(store)(to, value);
         return;
     }
-#if MASKED
-    _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), (__m512)value);
+#ifdef STORE_MASKED
+    STORE_MASKED(to, (1u << n) - 1, value);
 #else
     for (int i = 0; i < n; i++) to[i] = value[i];
 #endif
 }
 
-/* c[i][:n] = or += sum over t < depth of a[i across + t along] b[t][:n], for i < rows and n up to cols vectors.
- * A vector of b is `next` values from the one before, a row `below` values from the one above. */
-INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                              int depth, float *c, int ldc, int n, int add, const int rows, const int cols)
+/* A value of the output, which begins at end->y: with the bias of its column, another map and ReLU, as asked. */
+INLINE TARGET void NAME(finished)(float *to, vec value, int column, int n, const struct ending *end)
 {
-    vec sums[TALL][3];
+    if (end->bias) value += NAME(load)(end->bias + column);
+    if (end->more) value += NAME(load_part)(end->more + (to - end->y), n);
+    if (end->relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
+    NAME(store_part)(to, value, n);
+}
+
+/* c[i][:n] = or += sum over t < depth of a[i across + t along] b[t][:n], for i < rows and n up to cols vectors.
+ * A vector of b is `next` values from the one before, a row `below` values from the one above. If `end` is given, c is
+ * the output from its column `column` on. */
+INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float *b, size_t below, size_t next,
+                              int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
+                              const int rows, const int cols)
+{
+    vec sums[8][WIDE];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < cols; j++) sums[i][j] = (vec){0};
     for (int t = 0; t < depth; t++) {
-        vec w[3];
+        vec w[WIDE];
         for (int j = 0; j < cols; j++) w[j] = NAME(load)(b + t * below + j * next);
         for (int i = 0; i < rows; i++) {
             float value = a[(size_t)i * across + (size_t)t * along];
@@ -56,38 +67,59 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < cols; j++) {
             float *to = c + (size_t)i * ldc + j * V;
-            NAME(store_part)(to, add ? sums[i][j] + NAME(load_part)(to, n - j * V) : sums[i][j], n - j * V);
+            vec value = add ? sums[i][j] + NAME(load_part)(to, n - j * V) : sums[i][j];
+            if (end) NAME(finished)(to, value, column + j * V, n - j * V, end);
+            else NAME(store_part)(to, value, n - j * V);
         }
 }
 
-/* The same for any number of rows and n. A vector of b is `next` values from the one before. */
-TARGET static void NAME(product)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                                 int depth, float *c, int ldc, int n, int add, int rows)
+/* The same for any number of rows: tiles as tall as the registers allow, and one of what is left. */
+INLINE TARGET void NAME(strip)(const float *a, int across, int along, const float *b, size_t below, size_t next,
+                               int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
+                               int rows, const int cols)
 {
-    for (int j = 0; j < n;) {
-        int cols = (n - j + V - 1) / V;
-        cols = cols == 4 ? 2 : cols > 3 ? 3 : cols;
-        const float *w = b + j / V * next;
-        for (int i = 0; i < rows;) {
-            const float *from = a + (size_t)i * across;
-            float *to = c + (size_t)i * ldc + j;
-#define TILES(R)                                                                                                       \
-    if (rows - i >= R) {                                                                                               \
-        if (cols == 3) NAME(tile)(from, across, along, w, below, next, depth, to, ldc, n - j, add, R, 3);              \
-        else if (cols == 2) NAME(tile)(from, across, along, w, below, next, depth, to, ldc, n - j, add, R, 2);         \
-        else NAME(tile)(from, across, along, w, below, next, depth, to, ldc, n - j, add, R, 1);                        \
-        i += R;                                                                                                        \
-        continue;                                                                                                      \
-    }
-#if TALL == 8
-            TILES(8)
-#endif
-            TILES(4)
-            TILES(2)
-            TILES(1)
-#undef TILES
+    const int most = (REGISTERS - 1 - cols) / cols, tall = most < 8 ? most : 8;
+    while (rows) {
+#define TILE(R)                                                                                                        \
+    case R:                                                                                                            \
+        if (R <= tall) NAME(tile)(a, across, along, b, below, next, depth, c, ldc, n, add, column, end, R, cols);      \
+        break
+        int some = rows < tall ? rows : tall;
+        switch (some) {
+            TILE(1);
+            TILE(2);
+            TILE(3);
+            TILE(4);
+            TILE(5);
+            TILE(6);
+            TILE(7);
+            TILE(8);
         }
-        j += cols * V;
+#undef TILE
+        a += (size_t)some * across, c += (size_t)some * ldc, rows -= some;
+    }
+}
+
+/* And for any n. */
+TARGET static void NAME(product)(const float *a, int across, int along, const float *b, size_t below, size_t next,
+                                 int depth, float *c, int ldc, int n, int add, const struct ending *end, int rows)
+{
+    int column = 0;
+    while (n > 0) {
+        int left = (n + V - 1) / V, cols = left <= WIDE ? left : left < 2 * WIDE ? (left + 1) / 2 : WIDE;
+#define STRIP(C)                                                                                                       \
+    case C:                                                                                                            \
+        if (C <= WIDE) NAME(strip)(a, across, along, b, below, next, depth, c, ldc, n, add, column, end, rows, C);     \
+        break
+        switch (cols) {
+            STRIP(1);
+            STRIP(2);
+            STRIP(3);
+            STRIP(4);
+            STRIP(5);
+        }
+#undef STRIP
+        b += cols * next, c += cols * V, n -= cols * V, column += cols * V;
     }
 }
 
@@ -118,102 +150,155 @@ TARGET static void NAME(change)(const float *change, int s, const float *x, int 
         else NAME(change_of)(change, s, x, ldx, y, ldy, c, positions);
 }
 
-/* One row of a depthwise convolution of c channels: y[x][:c] = or += sum over dy, dx of d[dy][dx] rows[dy][x + dx].
- * rows[dy] has its borders, or is NULL if it is all zero. Writes whole vectors, up to ROUNDED(c). */
-INLINE TARGET void NAME(planar_of)(const float *const *rows, int ld, int stride, const float *d, const int k, int c,
-                                   float *y, int ldy, int width, int add)
+/* The rows of a kernel that meet one of the map, moved together; `planes` are theirs of the kernel. */
+struct NAME(meeting) { int some; const float *rows[MOST_K], *planes[MOST_K]; };
+
+INLINE struct NAME(meeting) NAME(meet)(const float *const *rows, const float *d, int k, int c)
 {
-    for (int j = 0; j < c; j += V) {
-        vec w[9];
-        if (k == 3)
-            for (int t = 0; t < 9; t++) w[t] = NAME(load)(d + t * ROUNDED(c) + j);
-        for (int x = 0; x < width; x++) {
-            float *to = y + floats(x, ldy) + j;
-            vec sum = {0};
-            for (int dy = 0; dy < k; dy++) {
-                if (!rows[dy]) continue;
-                const float *from = rows[dy] + floats(x * stride, ld) + j;
-                for (int dx = 0; dx < k; dx++) {
-                    vec here = k == 3 ? w[dy * 3 + dx] : NAME(load)(d + (dy * k + dx) * ROUNDED(c) + j);
-                    sum += here * NAME(load)(from + floats(dx, ld));
-                }
+    struct NAME(meeting) met = {0};
+    for (int dy = 0; dy < k; dy++)
+        if (rows[dy]) {
+            met.rows[met.some] = rows[dy];
+            met.planes[met.some++] = d + floats(dy * k, ROUNDED(c));
+        }
+    return met;
+}
+
+/* Neighbours in a row of a depthwise convolution:
+ * sums[i] = sum over dy < some and dx of planes[dy][dx] rows[dy][i stride + dx]. */
+INLINE TARGET void NAME(pixels)(const struct NAME(meeting) *met, size_t at, int j, int ld, int stride, int next,
+                                const int k, const int some, const int outputs, vec *sums)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < outputs; i++) sums[i] = (vec){0};
+#pragma GCC unroll 3
+    for (int dy = 0; dy < some; dy++)
+#pragma GCC unroll 3
+        for (int dx = 0; dx < k; dx++) {
+            vec w = NAME(load)(met->planes[dy] + dx * next + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < outputs; i++)
+                sums[i] += w * NAME(load)(met->rows[dy] + at + floats(i * stride + dx, ld));
+        }
+}
+
+INLINE TARGET void NAME(planar_of)(const struct NAME(meeting) *met, int ld, int stride, const int k, const int some,
+                                   int c, float *y, int ldy, int width, int add, const struct ending *end)
+{
+    for (int j = 0; j < c; j += V)
+        for (int x = 0; x < width;) {
+            size_t at = floats(x * stride, ld) + j;
+            vec sums[4];
+            int outputs = width - x < 4 ? 1 : 4;
+            if (outputs == 4) NAME(pixels)(met, at, j, ld, stride, ROUNDED(c), k, some, 4, sums);
+            else NAME(pixels)(met, at, j, ld, stride, ROUNDED(c), k, some, 1, sums);
+            for (int i = 0; i < outputs; i++) {
+                float *into = (end ? end->y + floats(x + i, c) : y + floats(x + i, ldy)) + j;
+                vec value = add ? sums[i] + NAME(load)(y + floats(x + i, ldy) + j) : sums[i];
+                if (end) NAME(finished)(into, value, j, c - j, end);
+                else NAME(store)(into, value);
             }
-            NAME(store)(to, add ? sum + NAME(load)(to) : sum);
+            x += outputs;
+        }
+}
+
+/* One row of a depthwise convolution of c channels: y[x][:c] = or += sum over dy, dx of d[dy][dx] rows[dy][x + dx].
+ * rows[dy] has its borders, or is NULL if it is all zero. Writes whole vectors, up to ROUNDED(c); or if `end` is given
+ * what becomes of them there. */
+TARGET static void NAME(planar)(const float *const *rows, int ld, int stride, const float *d, int k, int c, float *y,
+                                int ldy, int width, int add, const struct ending *end)
+{
+    struct NAME(meeting) met = NAME(meet)(rows, d, k, c);
+    if (k == 3 && stride == 1 && met.some == 3) NAME(planar_of)(&met, ld, 1, 3, 3, c, y, ldy, width, add, end);
+    else if (k == 3 && stride == 1 && met.some == 2) NAME(planar_of)(&met, ld, 1, 3, 2, c, y, ldy, width, add, end);
+    else NAME(planar_of)(&met, ld, stride, k, met.some, c, y, ldy, width, add, end);
+}
+
+/* A part of the gradient of a kernel: of `some` of its rows, of which the map's and the gradient's are given, and
+ * `taps` of each. */
+INLINE TARGET void NAME(taps)(const float *const *rows, float *const *gd, int ld, int stride, const float *t, int ldt,
+                              int next, int width, const int some, const int taps)
+{
+    vec sums[3][3];
+    for (int dy = 0; dy < some; dy++)
+        for (int dx = 0; dx < taps; dx++) sums[dy][dx] = NAME(load)(gd[dy] + dx * next);
+    for (int x = 0; x < width; x++) {
+        vec value = NAME(load)(t + floats(x, ldt));
+        for (int dy = 0; dy < some; dy++)
+            for (int dx = 0; dx < taps; dx++)
+                sums[dy][dx] += value * NAME(load)(rows[dy] + floats(x * stride + dx, ld));
+    }
+    for (int dy = 0; dy < some; dy++)
+        for (int dx = 0; dx < taps; dx++) NAME(store)(gd[dy] + dx * next, sums[dy][dx]);
+}
+
+/* The gradient of the kernel: gd[dy][dx][:c] += sum over x of t[x][:c] rows[dy][x + dx][:c] */
+TARGET static void NAME(planar_gradient)(const float *const *rows, int ld, int stride, const float *t, int ldt, int k,
+                                         int c, float *gd, int width)
+{
+    struct NAME(meeting) met = NAME(meet)(rows, gd, k, c);
+    int next = ROUNDED(c), some;
+    for (int dy = 0; dy < met.some; dy += some) {
+        some = met.some - dy < 3 ? met.some - dy : 3;
+        for (int j = 0; j < c; j += V) {
+            const float *from[3];
+            float *to[3];
+            for (int i = 0; i < some; i++) from[i] = met.rows[dy + i] + j, to[i] = (float *)met.planes[dy + i] + j;
+            int dx = 0;
+#define TAPS(SOME, N)                                                                                                  \
+    if (some == SOME)                                                                                                  \
+        for (; dx + N <= k; dx += N) {                                                                                 \
+            NAME(taps)(from, to, ld, stride, t + j, ldt, next, width, SOME, N);                                        \
+            for (int i = 0; i < SOME; i++) from[i] += (size_t)N * ld, to[i] += N * next;                               \
+        }
+            TAPS(3, 3)
+            TAPS(2, 3)
+            TAPS(1, 3)
+            TAPS(3, 1)
+            TAPS(2, 1)
+            TAPS(1, 1)
+#undef TAPS
         }
     }
 }
 
-TARGET static void NAME(planar)(const float *const *rows, int ld, int stride, const float *d, int k, int c, float *y,
-                                int ldy, int width, int add)
-{
-    if (k == 3) NAME(planar_of)(rows, ld, stride, d, 3, c, y, ldy, width, add);
-    else NAME(planar_of)(rows, ld, stride, d, k, c, y, ldy, width, add);
-}
-
-/* Its gradient: gd[dy][dx][:c] += sum over x of t[x][:c] rows[dy][x + dx][:c] */
-TARGET static void NAME(planar_gradient)(const float *const *rows, int ld, int stride, const float *t, int ldt, int k,
-                                         int c, float *gd, int width)
-{
-    for (int dy = 0; dy < k; dy++) {
-        if (!rows[dy]) continue;
-        for (int j = 0; j < c; j += V)
-            for (int dx = 0; dx < k; dx += 3) {
-                vec sums[3] = {{0}, {0}, {0}};
-                int taps = k - dx < 3 ? k - dx : 3;
-                const float *from = rows[dy] + floats(dx, ld) + j;
-                if (taps == 3)
-                    for (int x = 0; x < width; x++) {
-                        vec value = NAME(load)(t + floats(x, ldt) + j);
-                        for (int i = 0; i < 3; i++) sums[i] += value * NAME(load)(from + floats(x * stride + i, ld));
-                    }
-                else
-                    for (int x = 0; x < width; x++) {
-                        vec value = NAME(load)(t + floats(x, ldt) + j);
-                        for (int i = 0; i < taps; i++) sums[i] += value * NAME(load)(from + floats(x * stride + i, ld));
-                    }
-                for (int i = 0; i < taps; i++) {
-                    float *to = gd + (dy * k + dx + i) * ROUNDED(c) + j;
-                    NAME(store)(to, NAME(load)(to) + sums[i]);
-                }
-            }
-    }
-}
-
 /* The values in the basis, in `room`; if there is no basis, where they are. */
-TARGET static const float *NAME(enter)(const struct layer *l, const float *basis_back, const float *x, int *ld, int rank,
+TARGET static const float *NAME(enter)(const struct layer *l, const struct parts *p, const float *x, int *ld, int rank,
                                        int channels, float *room, int positions)
 {
-    if (!basis_back) return x;
+    if (!l->in_basis) return x;
     int ldr = padded(rank * l->order * channels);
-    NAME(change)(basis_back, l->order, x, *ld, room, ldr, channels, rank, positions);
+    NAME(change)(p->basis_back, l->order, x, *ld, room, ldr, channels, rank, positions);
     *ld = ldr;
     return room;
 }
 
-/* What enter gave, mixed and out of the basis again, `rank` times `channels`; `back` as gradients are. */
+/* What enter gave, mixed and out of the basis again, `rank` times `channels`; `back` as gradients are. If `end` is
+ * given, which is for direct mixing, y is the output. */
 TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int back, const float *x, int ld, int rank,
-                             int channels, float *room, float *y, int ldy, int positions)
+                             int channels, float *room, float *y, int ldy, int positions, const struct ending *end)
 {
-    int ldr = p->basis ? padded(rank * l->order * channels) : ldy;
-    float *mixed = p->basis ? room : y;
+    int ldr = l->in_basis ? padded(rank * l->order * channels) : ldy;
+    float *mixed = l->in_basis ? room : y;
     for (int i = 0; i < l->products; i++) {
         const int *t = l->table + ENTRIES * i;
         int depth = back ? t[COLUMNS] : t[DEPTH], columns = back ? t[DEPTH] : t[COLUMNS];
         const float *w = back ? p->weights_back + t[PACKED_BACK] : p->weights + t[PACKED];
         NAME(product)(x + t[back ? WRITTEN : READ], ld, 1, w, V, (size_t)depth * V, depth,
-                      mixed + t[back ? READ : WRITTEN], ldr, columns, t[back ? ADDED_BACK : ADDED], positions);
+                      mixed + t[back ? READ : WRITTEN], ldr, columns, t[back ? ADDED_BACK : ADDED],
+                      i == l->products - 1 ? end : NULL, positions);
     }
-    if (p->basis) NAME(change)(p->basis, l->order, mixed, ldr, y, ldy, channels, rank, positions);
+    if (l->in_basis) NAME(change)(p->basis, l->order, mixed, ldr, y, ldy, channels, rank, positions);
 }
 
 /* Its gradient: for each product gw[read][written] += sum over positions of x[read] g[written]. */
-TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, int ldx, const float *g, int ldg, float *gw,
-                                      int positions)
+TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, int ldx, const float *g, int ldg,
+                                      float *gw, int positions)
 {
     for (int i = 0; i < l->products; i++) {
         const int *t = l->table + ENTRIES * i;
         NAME(product)(x + t[READ], 1, ldx, g + t[WRITTEN], ldg, V, positions, gw + t[PACKED], ROUNDED(t[COLUMNS]),
-                      t[COLUMNS], 1, t[DEPTH]);
+                      t[COLUMNS], 1, NULL, t[DEPTH]);
     }
 }
 
@@ -223,18 +308,22 @@ INLINE void NAME(spread)(const float *from, int ldf, float *to, size_t step, int
     for (int p = 0; p < positions; p++) memcpy(to + p * step, from + floats(p, ldf), sizeof(float) * values);
 }
 
-/* y = x + bias + more, or ReLU of that, without the padding of the rows of x. */
-TARGET static void NAME(finish)(const float *x, int ld, const float *bias, const float *more, int relu, float *y, int c,
-                                int positions)
+/* The output from rows with padding between them. */
+TARGET static void NAME(finish)(const float *x, int ld, int c, int positions, const struct ending *end)
 {
     for (int p = 0; p < positions; p++)
-        for (int j = 0; j < c; j += V) {
-            vec value = NAME(load)(x + floats(p, ld) + j);
-            if (bias) value += NAME(load)(bias + j);
-            if (more) value += NAME(load_part)(more + floats(p, c) + j, c - j);
-            if (relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
-            NAME(store_part)(y + floats(p, c) + j, value, c - j);
-        }
+        for (int j = 0; j < c; j += V)
+            NAME(finished)(end->y + floats(p, c) + j, NAME(load)(x + floats(p, ld) + j), j, c - j, end);
+}
+
+/* The gradient of the bias: gb[:c] += sum over positions of x. */
+INLINE TARGET void NAME(add_up)(const float *x, int c, int positions, float *gb)
+{
+    for (int j = 0; j < c; j += V) {
+        vec sum = NAME(load)(gb + j);
+        for (int p = 0; p < positions; p++) sum += NAME(load_part)(x + floats(p, c) + j, c - j);
+        NAME(store)(gb + j, sum);
+    }
 }
 
 INLINE float *NAME(take)(float **scratch, size_t size)
@@ -245,63 +334,66 @@ INLINE float *NAME(take)(float **scratch, size_t size)
 }
 
 /* Output rows `first` to `last` - 1 of one image. */
-TARGET static void NAME(forward)(const struct layer *l, const float *x, const float *more, int relu, float *y, int first,
-                                 int last, float *scratch)
+TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *more,
+                                 int relu, float *y, int first, int last, float *scratch)
 {
-    const struct parts p = parts_of(l, V);
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, wide = l->width + 2 * l->padding;
     int c = l->planar_first ? ci : co, kept = l->planar_first ? ci : co * l->rank, ld = padded(kept);
     int ldf = padded(l->planar_first ? ci * l->rank : co), positions = wide > l->out_width ? wide : l->out_width;
-    float *ring = NAME(take)(&scratch, floats(k * wide, ld));
+    float *ring = NAME(take)(&scratch, floats(k * wide, ld)); /* zeros at first, as its borders stay */
     float *filtered = NAME(take)(&scratch, floats(positions, ldf));
     float *in = NAME(take)(&scratch, floats(positions, padded(ci * l->rank)));
     float *room = NAME(take)(&scratch, floats(positions, padded(co * l->rank)));
     float *mixed = NAME(take)(&scratch, floats(positions, padded(co)));
-    memset(ring, 0, sizeof(float) * floats(k * wide, ld)); /* the borders stay so */
     int ready = first * l->stride - l->padding;
     for (int o = first; o < last; o++) {
         const float *rows[MOST_K], *shifted[MOST_K];
+        prefetch(y + floats((o + 1) * l->out_width, co), floats(l->out_width, co));
         for (int dy = 0; dy < k; dy++) {
             int i = o * l->stride - l->padding + dy;
             float *slot = ring + floats((i + k) % k * wide, ld), *to = slot + floats(l->padding, ld);
             rows[dy] = i < 0 || i >= l->height ? NULL : slot;
             if (!rows[dy] || i < ready) continue;
             const float *from = x + floats(i * l->width, ci);
+            prefetch(from + floats(l->width, ci), floats(l->width, ci));
             if (l->planar_first)
                 NAME(spread)(from, ci, to, ld, ci, l->width);
             else {
                 int ldi = ci;
-                const float *entered = NAME(enter)(l, p.basis_back, from, &ldi, 1, l->in_channels, in, l->width);
-                NAME(mix)(l, &p, 0, entered, ldi, l->rank, l->out_channels, room, to, ld, l->width);
+                const float *entered = NAME(enter)(l, p, from, &ldi, 1, l->in_channels, in, l->width);
+                NAME(mix)(l, p, 0, entered, ldi, l->rank, l->out_channels, room, to, ld, l->width, NULL);
             }
             ready = i + 1;
         }
+        size_t at = floats(o * l->out_width, co);
+        struct ending end = {p->bias, more ? more + at : NULL, relu, y + at};
         for (int r = 0; r < l->rank; r++) {
-            const float *d = p.planar + (size_t)r * k * k * ROUNDED(c);
+            const float *d = p->planar + (size_t)r * k * k * ROUNDED(c);
             for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && !l->planar_first ? rows[dy] + r * co : rows[dy];
             float *to = l->planar_first ? filtered + r * ci : filtered;
-            NAME(planar)(shifted, ld, l->stride, d, k, c, to, ldf, l->out_width, !l->planar_first && r);
+            NAME(planar)(shifted, ld, l->stride, d, k, c, to, ldf, l->out_width, !l->planar_first && r,
+                         l->planar_first || r < l->rank - 1 ? NULL : &end);
         }
-        const float *result = filtered;
         if (l->planar_first) {
             int ldi = ldf;
-            const float *entered = NAME(enter)(l, p.basis_back, filtered, &ldi, l->rank, l->in_channels, in, l->out_width);
-            NAME(mix)(l, &p, 0, entered, ldi, 1, l->out_channels, room, mixed, padded(co), l->out_width);
-            result = mixed;
+            const float *entered = NAME(enter)(l, p, filtered, &ldi, l->rank, l->in_channels, in, l->out_width);
+            if (l->in_basis) {
+                NAME(mix)(l, p, 0, entered, ldi, 1, l->out_channels, room, mixed, padded(co), l->out_width, NULL);
+                NAME(finish)(mixed, padded(co), co, l->out_width, &end);
+            } else
+                NAME(mix)(l, p, 0, entered, ldi, 1, l->out_channels, room, y + at, co, l->out_width, &end);
         }
-        size_t at = floats(o * l->out_width, co);
-        NAME(finish)(result, padded(co), p.bias, more ? more + at : NULL, relu, y + at, co, l->out_width);
     }
 }
 
-/* One image: gx, and added to gw and gd, if that is not NULL. The planar adjoint is a convolution, with the kernels turned by a half, of the
- * gradients with stride - 1 zeros between them and k - 1 - padding around. gd is turned by a half in `gc`. */
-TARGET static void NAME(backward)(const struct layer *l, const float *x, const float *gy, float *gx, float *gw, float *gd,
-                                  float *scratch)
+/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The planar adjoint is a convolution, with the
+ * kernels turned by a half, of the gradients with stride - 1 zeros between them and k - 1 - padding around. gd is
+ * turned by a half in `gc`. */
+TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, const float *x, const float *gy,
+                                  float *gx, float *gw, float *gd, float *gb, float *scratch)
 {
-    const struct parts p = parts_of(l, V);
-    int k = l->k, stride = l->stride, border = k - 1 - l->padding, wide = l->width + k - 1, ci = l->order * l->in_channels,
-        co = l->order * l->out_channels, c = l->planar_first ? ci : co, rank = l->rank;
+    int k = l->k, stride = l->stride, border = k - 1 - l->padding, wide = l->width + k - 1, rank = l->rank;
+    int ci = l->order * l->in_channels, co = l->order * l->out_channels, c = l->planar_first ? ci : co;
     int kept = l->planar_first ? ci * rank : co, ld = padded(kept);
     int ldi = padded(l->planar_first ? ci * rank : ci), ldo = padded(l->planar_first ? co : co * rank);
     int positions = wide > l->out_width ? wide : l->out_width, around = l->width + 2 * l->padding;
@@ -324,13 +416,16 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
     int ready = 0;
     for (int i = 0; i < l->height; i++) {
         const float *rows[MOST_K], *shifted[MOST_K];
+        prefetch(gx + floats((i + 1) * l->width, ci), floats(l->width, ci));
         for (int dy = 0; dy < k; dy++) {
             int q = i + dy - border, o = q / stride;
             rows[dy] = q < 0 || q % stride || o >= l->out_height ? NULL : ring + floats(o % k * wide, ld);
             if (!rows[dy] || o < ready) continue;
             ready = o + 1;
             const float *from = gy + floats(o * l->out_width, co);
+            prefetch(from + floats(l->out_width, co), floats(l->out_width, co));
             float *to = ring + floats(o % k * wide + border, ld);
+            if (gb) NAME(add_up)(from, co, l->out_width, gb);
             if (!l->planar_first) {
                 NAME(spread)(from, co, to, (size_t)stride * ld, co, l->out_width);
                 continue;
@@ -343,19 +438,21 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
             int lde = co, ldf = ldi, slot = o % batch * l->out_width;
             float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades + floats(slot, ldi);
             float *back = backs;
-            const float *entered = NAME(enter)(l, p.basis_back, from, &lde, 1, l->out_channels, out, l->out_width);
+            const float *entered = NAME(enter)(l, p, from, &lde, 1, l->out_channels, out, l->out_width);
             if (entered == from) { /* whose last row has no room for vectors behind it */
                 NAME(spread)(from, co, out, ldo, co, l->out_width);
                 entered = out, lde = ldo;
             }
-            NAME(mix)(l, &p, 1, entered, lde, rank, l->in_channels, room, back, ldi, l->out_width);
+            NAME(mix)(l, p, 1, entered, lde, rank, l->in_channels, room, back, ldi, l->out_width, NULL);
             NAME(spread)(back, ldi, to, (size_t)stride * ld, kept, l->out_width);
             for (int r = 0; r < rank; r++) {
-                NAME(planar)(above, padded(ci), stride, p.planar + r * planes, k, ci, made + r * ci, ldi, l->out_width, 0);
+                NAME(planar)(above, padded(ci), stride, p->planar + r * planes, k, ci, made + r * ci, ldi,
+                             l->out_width, 0, NULL);
                 if (gd)
-                    NAME(planar_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes, l->out_width);
+                    NAME(planar_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes,
+                                          l->out_width);
             }
-            const float *filtered = NAME(enter)(l, p.basis_back, made, &ldf, rank, l->in_channels, in, l->out_width);
+            const float *filtered = NAME(enter)(l, p, made, &ldf, rank, l->in_channels, in, l->out_width);
             if (slot == (batch - 1) * l->out_width || o == l->out_height - 1)
                 NAME(mix_gradient)(l, filtered - floats(slot, ldf), ldf, outs, ldo, gw, slot + l->out_width);
         }
@@ -365,25 +462,26 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
         for (int r = 0; r < rank; r++) {
             for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && l->planar_first ? rows[dy] + r * ci : rows[dy];
             float *to = l->planar_first ? back : back + r * co;
-            NAME(planar)(shifted, ld, 1, p.planar_back + r * planes, k, c, to, l->planar_first ? ldi : ldo, l->width,
-                         l->planar_first && r);
+            NAME(planar)(shifted, ld, 1, p->planar_back + r * planes, k, c, to, l->planar_first ? ldi : ldo, l->width,
+                         l->planar_first && r, NULL);
         }
         const float *result = back;
         if (!l->planar_first) {
             int lde = ci, ldg = ldo;
             const float *from = x + floats(i * l->width, ci);
-            const float *entered = NAME(enter)(l, p.basis_back, from, &lde, 1, l->in_channels, in, l->width);
-            NAME(mix)(l, &p, 0, entered, lde, rank, l->out_channels, room, made, ldo, l->width);
+            prefetch(from + floats(l->width, ci), floats(l->width, ci));
+            const float *entered = NAME(enter)(l, p, from, &lde, 1, l->in_channels, in, l->width);
+            NAME(mix)(l, p, 0, entered, lde, rank, l->out_channels, room, made, ldo, l->width, NULL);
             for (int r = 0; r < rank && gd; r++)
                 NAME(planar_gradient)(rows, ld, 1, made + r * co, ldo, k, co, gd + r * planes, l->width);
-            const float *gradient = NAME(enter)(l, p.basis_back, back, &ldg, rank, l->out_channels, out, l->width);
+            const float *gradient = NAME(enter)(l, p, back, &ldg, rank, l->out_channels, out, l->width);
             if (slot == (batch - 1) * l->width || i == l->height - 1)
                 NAME(mix_gradient)(l, entered - floats(slot, lde), lde, gradient - floats(slot, ldg), ldg, gw,
                                    slot + l->width);
-            NAME(mix)(l, &p, 1, gradient, ldg, 1, l->in_channels, room, made, ldi, l->width);
+            NAME(mix)(l, p, 1, gradient, ldg, 1, l->in_channels, room, made, ldi, l->width, NULL);
             result = made;
         }
-        NAME(finish)(result, ldi, NULL, NULL, 0, gx + floats(i * l->width, ci), ci, l->width);
+        NAME(finish)(result, ldi, ci, l->width, &(struct ending){.y = gx + floats(i * l->width, ci)});
     }
 }
 
@@ -392,5 +490,7 @@ TARGET static void NAME(backward)(const struct layer *l, const float *x, const f
 #undef NAME
 #undef TARGET
 #undef V
-#undef TALL
-#undef MASKED
+#undef REGISTERS
+#undef WIDE
+#undef LOAD_MASKED
+#undef STORE_MASKED

@@ -25,9 +25,12 @@ enum {
     COLUMNS,       /* and how many; */
     ADDED,         /* whether it adds them to what is there, and */
     ADDED_BACK,    /* whether the transposed product, of the gradients, does; */
-    MATRIX,        /* where [COLUMNS][DEPTH] is among the matrices as given, */
-    PACKED,        /* where among those packed, and */
-    PACKED_BACK,   /* where the transposed one is */
+    PACKED,        /* where its matrix [COLUMNS][DEPTH] is among those packed, and */
+    PACKED_BACK,   /* where the transposed one is; */
+    TERM,          /* of the R terms of the filter the one that it is of; */
+    SIZE,          /* d: the matrix is made of d d blocks [out_channels][in_channels], */
+    MATRICES,      /* each a sum over u of the mix, times [S][d][d] at this place of `matrices`; */
+    FIRST,         /* whether it is the first product with this matrix */
     ENTRIES
 };
 
@@ -37,20 +40,22 @@ struct layer {
     int products, in_basis, biased;
     int weights, weights_back; /* how many floats the packed matrices are */
     const int *table;
-    const float *packed;       /* what `pack` wrote */
+    const float *matrices, *basis; /* of the group: see TERM, SIZE and MATRICES; and [S][S] */
+    const int *pixels;             /* [S][k k]: entry y of a kernel turned by s is that entry of the kernel */
 };
 
-/* What `pack` writes, one after the other. The kernels read vectors, so channels are rounded up to their length. */
+enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16 };
+
+/* What `pack` writes, one after the other, and the basis. The kernels read vectors, so channels are rounded up to their
+ * length. */
 struct parts {
     float *weights;            /* each matrix [COLUMNS / lanes][DEPTH][lanes] */
     float *weights_back;       /* likewise, of the transposed ones */
     float *planar;             /* [rank][k k][channels] */
     float *planar_back;        /* the same, turned by a half */
-    float *basis, *basis_back; /* [S][S] and its transpose, or NULL for direct mixing */
     float *bias;               /* [S out_channels], or NULL */
+    float basis[MOST_ORDER * MOST_ORDER], basis_back[MOST_ORDER * MOST_ORDER]; /* [S][S] and its transpose */
 };
-
-enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16 };
 
 /* A row length with room for a vector that begins at the last value. */
 static inline int padded(int values) { return (values + SPARE - 1) / SPARE * SPARE + SPARE; }
@@ -62,19 +67,24 @@ static inline int planar_channels(const struct layer *l)
     return l->order * (l->planar_first ? l->in_channels : l->out_channels);
 }
 
-static inline struct parts parts_of(const struct layer *l, int lanes)
+/* How many floats the packed planar kernels are. */
+static inline size_t planes_of(const struct layer *l, int lanes)
 {
-    size_t planes = (size_t)l->rank * l->k * l->k * rounded(planar_channels(l), lanes), square = l->order * l->order;
+    return (size_t)l->rank * l->k * l->k * rounded(planar_channels(l), lanes);
+}
+
+static struct parts parts_of(const struct layer *l, int lanes, const float *packed)
+{
+    size_t planes = planes_of(l, lanes);
     struct parts p;
-    p.weights = (float *)l->packed;
+    p.weights = (float *)packed;
     p.weights_back = p.weights + l->weights;
     p.planar = p.weights_back + l->weights_back;
     p.planar_back = p.planar + planes;
-    p.basis = p.planar_back + planes;
-    p.basis_back = p.basis + square;
-    p.bias = p.basis_back + square;
-    if (!l->in_basis) p.basis = p.basis_back = NULL;
-    if (!l->biased) p.bias = NULL;
+    p.bias = l->biased ? p.planar_back + planes : NULL;
+    for (int i = 0; i < l->order; i++)
+        for (int j = 0; j < l->order; j++)
+            p.basis[i * l->order + j] = p.basis_back[j * l->order + i] = l->basis[i * l->order + j];
     return p;
 }
 
@@ -87,39 +97,63 @@ static inline int batch_of(const struct layer *l)
 
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
-typedef void forward_rows(const struct layer *, const float *x, const float *more, int relu, float *y, int first, int last,
-                          float *scratch);
-typedef void backward_image(const struct layer *, const float *x, const float *gy, float *gx, float *gw, float *gd,
-                            float *scratch);
+/* What becomes of what the filters give, and where: a bias [S O] and another map are added, if they are not NULL, and
+ * then comes ReLU, if asked. */
+struct ending { const float *bias, *more; int relu; float *y; };
+
+/* Into the second cache, as whole maps are seldom there: what will be read or written next. */
+static inline void prefetch(const float *from, size_t size)
+{
+    for (size_t i = 0; i < size; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
+typedef void forward_rows(const struct layer *, const struct parts *, const float *x, const float *more, int relu,
+                          float *y, int first, int last, float *scratch);
+typedef void backward_image(const struct layer *, const struct parts *, const float *x, const float *gy, float *gx,
+                            float *gw, float *gd, float *gb, float *scratch);
 
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma")))
+
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma")))
+#define TARGET AVX512
 #define V 16
-#define TALL 8
-#define MASKED 1
+#define REGISTERS 32
+#define WIDE 3
+#define LOAD_MASKED(mask, from) _mm512_maskz_loadu_ps((__mmask16)(mask), from)
+#define STORE_MASKED(to, mask, value) _mm512_mask_storeu_ps(to, (__mmask16)(mask), (__m512)(value))
+#include "rows.h"
+
+#define NAME(x) x##_narrow
+#define TARGET AVX512
+#define V 8
+#define REGISTERS 32
+#define WIDE 5
+#define LOAD_MASKED(mask, from) _mm256_maskz_loadu_ps((__mmask8)(mask), from)
+#define STORE_MASKED(to, mask, value) _mm256_mask_storeu_ps(to, (__mmask8)(mask), (__m256)(value))
 #include "rows.h"
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define V 8
-#define TALL 4
-#define MASKED 0
+#define REGISTERS 16
+#define WIDE 3
 #include "rows.h"
 #endif
 
 #define NAME(x) x##_any
 #define TARGET
 #define V 4
-#define TALL 4
-#define MASKED 0
+#define REGISTERS 16
+#define WIDE 3
 #include "rows.h"
 
 static const struct { int lanes; forward_rows *forward; backward_image *backward; } variants[] = {
 #if defined(__x86_64__)
     {16, forward_avx512, backward_avx512},
+    {8, forward_narrow, backward_narrow},
     {8, forward_avx2, backward_avx2},
 #endif
     {4, forward_any, backward_any},
@@ -132,45 +166,123 @@ int gconv_lanes(int variant)
     int lanes = variants[variant].lanes;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (lanes == 16 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+    if (variant < 2 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
                          && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")))
         return 0;
-    if (lanes == 8 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
+    if (variant == 2 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
 #endif
     return lanes;
 }
 
-/* Matrices [COLUMNS][DEPTH], planes [rank][channels][k k], the basis [S][S] and the bias as the kernels read them. */
-void gconv_pack(int variant, const struct layer *l, const float *matrices, const float *planes, const float *basis,
-                const float *bias)
+/* Where the S entries of a mix are, `gc` [O][R][I][S] or `gc_in` [I][R][O][S]. */
+static inline size_t mix_at(const struct layer *l, int term, int o, int i)
 {
-    int lanes = variants[variant].lanes, kk = l->k * l->k, c = planar_channels(l), s = l->order;
-    int co = s * l->out_channels;
-    struct parts p = parts_of(l, lanes);
-    for (int i = 0; i < l->products; i++) {
-        const int *t = l->table + ENTRIES * i;
-        const float *from = matrices + t[MATRIX];
-        for (int j = 0; j < rounded(t[COLUMNS], lanes); j++)
-            for (int d = 0; d < t[DEPTH]; d++)
-                p.weights[t[PACKED] + (j / lanes * t[DEPTH] + d) * lanes + j % lanes] =
-                    j < t[COLUMNS] ? from[j * t[DEPTH] + d] : 0;
-        for (int d = 0; d < rounded(t[DEPTH], lanes); d++)
-            for (int j = 0; j < t[COLUMNS]; j++)
-                p.weights_back[t[PACKED_BACK] + (d / lanes * t[COLUMNS] + j) * lanes + d % lanes] =
-                    d < t[DEPTH] ? from[j * t[DEPTH] + d] : 0;
+    size_t first = l->planar_first ? i : o, second = l->planar_first ? o : i;
+    return ((first * l->rank + term) * (l->planar_first ? l->out_channels : l->in_channels) + second) * l->order;
+}
+
+/* Of one term of a mix, the S matrices [O][I] one after the other, in `apart`, and from these those of the products. */
+static void pack_term(const struct layer *l, const struct parts *p, int lanes, int term, const float *mix, float *apart,
+                      float *matrix)
+{
+    int s = l->order, outs = l->out_channels, ins = l->in_channels;
+    size_t pairs = (size_t)outs * ins;
+    for (int o = 0; o < outs; o++)
+        for (int i = 0; i < ins; i++) {
+            const float *from = mix + mix_at(l, term, o, i);
+            for (int u = 0; u < s; u++) apart[u * pairs + o * ins + i] = from[u];
+        }
+    for (int n = 0; n < l->products; n++) {
+        const int *t = l->table + ENTRIES * n;
+        if (t[TERM] != term || !t[FIRST]) continue;
+        int d = t[SIZE], depth = t[DEPTH], columns = t[COLUMNS];
+        memset(matrix, 0, sizeof(float) * columns * depth);
+        for (int a = 0; a < d; a++)
+            for (int b = 0; b < d; b++)
+                for (int u = 0; u < s; u++) {
+                    float factor = l->matrices[t[MATRICES] + (u * d + a) * d + b];
+                    if (factor == 0) continue;
+                    for (int o = 0; o < outs; o++) {
+                        float *to = matrix + (size_t)(a * outs + o) * depth + b * ins;
+                        const float *from = apart + u * pairs + (size_t)o * ins;
+                        for (int i = 0; i < ins; i++) to[i] += factor * from[i];
+                    }
+                }
+        float *w = p->weights + t[PACKED], *back = p->weights_back + t[PACKED_BACK];
+        for (size_t j = 0; j < (size_t)rounded(columns, lanes); j++)
+            for (int e = 0; e < depth; e++)
+                w[(j / lanes * depth + e) * lanes + j % lanes] = j < (size_t)columns ? matrix[j * depth + e] : 0;
+        for (size_t e = 0; e < (size_t)rounded(depth, lanes); e++)
+            for (size_t j = 0; j < (size_t)columns; j++)
+                back[(e / lanes * columns + j) * lanes + e % lanes] = e < (size_t)depth ? matrix[j * depth + e] : 0;
+    }
+}
+
+/* The inverse for gradients: from those of the packed matrices, each [DEPTH][COLUMNS], that of one term of the mix. */
+static void unpack_term(const struct layer *l, int lanes, int term, const float *sums, float *apart, float *mix)
+{
+    int s = l->order, outs = l->out_channels, ins = l->in_channels;
+    size_t pairs = (size_t)outs * ins;
+    memset(apart, 0, sizeof(float) * s * pairs);
+    for (int n = 0; n < l->products; n++) {
+        const int *t = l->table + ENTRIES * n;
+        if (t[TERM] != term || !t[FIRST]) continue;
+        int d = t[SIZE], row = rounded(t[COLUMNS], lanes);
+        for (int a = 0; a < d; a++)
+            for (int b = 0; b < d; b++)
+                for (int u = 0; u < s; u++) {
+                    float factor = l->matrices[t[MATRICES] + (u * d + a) * d + b];
+                    if (factor == 0) continue;
+                    for (int i = 0; i < ins; i++) {
+                        const float *from = sums + t[PACKED] + (size_t)(b * ins + i) * row + a * outs;
+                        float *to = apart + u * pairs + (size_t)i * outs;
+                        for (int o = 0; o < outs; o++) to[o] += factor * from[o];
+                    }
+                }
+    }
+    for (int o = 0; o < outs; o++)
+        for (int i = 0; i < ins; i++) {
+            float *to = mix + mix_at(l, term, o, i);
+            for (int u = 0; u < s; u++) to[u] = apart[u * pairs + (size_t)i * outs + o];
+        }
+}
+
+/* Room for the two above. */
+static float *room_for_term(const struct layer *l)
+{
+    size_t pairs = (size_t)l->order * l->in_channels * l->out_channels;
+    return malloc(sizeof(float) * pairs * (1 + l->order));
+}
+
+/* The parameters of a layer as the kernels read them: mix as above, spatial [C][R][k k], C that of the planar kernels,
+ * and bias [O]. Returns 0, or 1 if there is no memory. */
+int gconv_pack(int variant, const struct layer *l, int threads, const float *mix, const float *spatial,
+               const float *bias, float *packed)
+{
+    int lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, failed = 0;
+    int each = planar_channels(l) / s, row = rounded(planar_channels(l), lanes), outs = l->out_channels;
+    struct parts p = parts_of(l, lanes, packed);
+#pragma omp parallel for num_threads(threads) if (l->weights > 1 << 16)
+    for (int r = 0; r < l->rank; r++) {
+        float *room = room_for_term(l);
+        if (room) pack_term(l, &p, lanes, r, mix, room, room + (size_t)s * l->in_channels * outs);
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+        free(room);
     }
     for (int r = 0; r < l->rank; r++)
-        for (int t = 0; t < kk; t++)
-            for (int i = 0; i < rounded(c, lanes); i++) {
-                float value = i < c ? planes[(r * c + i) * kk + t] : 0;
-                p.planar[(r * kk + t) * rounded(c, lanes) + i] = value;
-                p.planar_back[(r * kk + kk - 1 - t) * rounded(c, lanes) + i] = value;
-            }
-    if (basis)
-        for (int i = 0; i < s; i++)
-            for (int j = 0; j < s; j++) p.basis[i * s + j] = p.basis_back[j * s + i] = basis[i * s + j];
-    if (bias)
-        for (int i = 0; i < rounded(co, lanes); i++) p.bias[i] = i < co ? bias[i] : 0;
+        for (int y = 0; y < kk; y++) {
+            float *to = p.planar + (size_t)(r * kk + y) * row;
+            float *back = p.planar_back + (size_t)(r * kk + kk - 1 - y) * row;
+            for (int n = 0; n < s; n++)
+                for (int c = 0; c < each; c++)
+                    to[n * each + c] = back[n * each + c] = spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]];
+            for (int c = s * each; c < row; c++) to[c] = back[c] = 0;
+        }
+    for (int n = 0; n < rounded(s * outs, lanes) && p.bias; n++) p.bias[n] = n < s * outs ? bias[n % outs] : 0;
+    return failed;
 }
 
 /* More than any function of rows.h takes from its scratch. */
@@ -182,19 +294,28 @@ static size_t scratch_bytes(const struct layer *l, int whole_image)
     return (rows * wide * row * sizeof(float) + 63) / 64 * 64;
 }
 
-/* y [n][H'][W'][S O] from x [n][H][W][S I]; `more`, if given, is added, and then comes a ReLU if asked. Returns 0, or 1 if
- * there is no memory. */
-int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *x, const float *more, int relu,
-                  float *y)
+/* Of that what the forward pass keeps its rows in. */
+static size_t ring_bytes(const struct layer *l)
+{
+    int kept = l->order * (l->planar_first ? l->in_channels : l->out_channels * l->rank);
+    return sizeof(float) * floats(l->k * (l->width + 2 * l->padding), padded(kept));
+}
+
+/* y [n][H'][W'][S O] from x [n][H][W][S I]; `more`, if given, is added, and then comes a ReLU if asked. Returns 0, or
+ * 1 if there is no memory. */
+int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *packed, const float *x,
+                  const float *more, int relu, float *y)
 {
     int bands = n < threads ? (threads + n - 1) / n : 1, failed = 0;
     if (bands > l->out_height) bands = l->out_height;
     size_t in = floats(l->height * l->width, l->order * l->in_channels);
     size_t out = floats(l->out_height * l->out_width, l->order * l->out_channels);
+    struct parts p = parts_of(l, variants[variant].lanes, packed);
 #pragma omp parallel num_threads(threads)
     {
         float *scratch = aligned_alloc(64, scratch_bytes(l, 0));
-        if (!scratch) {
+        if (scratch) memset(scratch, 0, ring_bytes(l));
+        else {
 #pragma omp atomic write
             failed = 1;
         }
@@ -202,49 +323,69 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
         for (int task = 0; task < n * bands; task++) {
             int image = task / bands, band = task % bands;
             if (scratch)
-                variants[variant].forward(l, x + image * in, more ? more + image * out : NULL, relu, y + image * out,
-                                          l->out_height * band / bands, l->out_height * (band + 1) / bands, scratch);
+                variants[variant].forward(l, &p, x + image * in, more ? more + image * out : NULL, relu,
+                                          y + image * out, l->out_height * band / bands,
+                                          l->out_height * (band + 1) / bands, scratch);
         }
         free(scratch);
     }
     return failed;
 }
 
-/* The gradients of the map, the matrices and, if not NULL, the planes, the last two as pack gets them. Each thread adds up those of its
- * images in `sums` [threads][weights + planes], zeros at first; which they are is fixed, so that sums are the same each
- * time. Returns 0, or 1 if there is no memory. */
-int gconv_backward(int variant, const struct layer *l, int n, int threads, const float *x, const float *gy, float *sums,
-                   float *gx, float *matrices, float *planes)
+/* The gradients of the map and of the parameters, as pack gets them; those of spatial and of the bias only if not NULL.
+ * Each thread adds up those of its images; which they are is fixed, so that sums are the same each time. Returns 0, or
+ * 1 if there is no memory. */
+int gconv_backward(int variant, const struct layer *l, int n, int threads, const float *packed, const float *x,
+                   const float *gy, float *gx, float *mix, float *spatial, float *bias)
 {
-    int failed = 0, lanes = variants[variant].lanes, kk = l->k * l->k, c = planar_channels(l);
-    size_t in = floats(l->height * l->width, l->order * l->in_channels);
-    size_t out = floats(l->out_height * l->out_width, l->order * l->out_channels);
-    size_t each = l->weights + (size_t)l->rank * kk * rounded(c, lanes);
+    int failed = 0, lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, outs = l->out_channels;
+    int channels = planar_channels(l), row = rounded(channels, lanes);
+    size_t in = floats(l->height * l->width, s * l->in_channels), out = floats(l->out_height * l->out_width, s * outs);
+    size_t planes = planes_of(l, lanes), each = padded(l->weights + planes + rounded(s * outs, lanes));
+    struct parts p = parts_of(l, lanes, packed);
+    float *sums = aligned_alloc(64, sizeof(float) * each * threads);
+    if (!sums) return 1;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int t = 0; t < threads; t++) {
-        float *scratch = aligned_alloc(64, scratch_bytes(l, 1));
+        float *scratch = aligned_alloc(64, scratch_bytes(l, 1)), *own = sums + t * each;
+        memset(own, 0, sizeof(float) * each);
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
         }
         for (int image = t; scratch && image < n; image += threads)
-            variants[variant].backward(l, x + image * in, gy + image * out, gx + image * in, sums + t * each,
-                                       planes ? sums + t * each + l->weights : NULL, scratch);
+            variants[variant].backward(l, &p, x + image * in, gy + image * out, gx + image * in, own,
+                                       spatial ? own + l->weights : NULL, bias ? own + l->weights + planes : NULL,
+                                       scratch);
         free(scratch);
     }
     for (int t = 1; t < threads; t++)
         for (size_t i = 0; i < each; i++) sums[i] += sums[t * each + i];
-    for (int i = 0; i < l->products; i++) {
-        const int *t = l->table + ENTRIES * i;
-        for (int j = 0; j < t[COLUMNS]; j++)
-            for (int d = 0; d < t[DEPTH]; d++)
-                matrices[t[MATRIX] + j * t[DEPTH] + d] = sums[t[PACKED] + d * rounded(t[COLUMNS], lanes) + j];
+#pragma omp parallel for num_threads(threads) if (l->weights > 1 << 16)
+    for (int r = 0; r < l->rank; r++) {
+        float *room = room_for_term(l);
+        if (room) unpack_term(l, lanes, r, sums, room, mix);
+        else {
+#pragma omp atomic write
+            failed = 1;
+        }
+        free(room);
     }
-    for (int r = 0; r < l->rank && planes; r++)
-        for (int i = 0; i < c; i++)
-            for (int t = 0; t < kk; t++) {
-                int at = l->planar_first ? t : kk - 1 - t; /* the gradients that gc finds are turned by a half */
-                planes[(r * c + i) * kk + t] = sums[l->weights + (r * kk + at) * rounded(c, lanes) + i];
-            }
+    if (spatial) {
+        memset(spatial, 0, sizeof(float) * l->rank * kk * (channels / s));
+        for (int r = 0; r < l->rank; r++)
+            for (int n = 0; n < s; n++)
+                for (int y = 0; y < kk; y++) {
+                    int at = l->planar_first ? y : kk - 1 - y; /* the gradients that gc finds are turned by a half */
+                    const float *from = sums + l->weights + (size_t)(r * kk + at) * row + n * (channels / s);
+                    for (int c = 0; c < channels / s; c++)
+                        spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]] += from[c];
+                }
+    }
+    for (int o = 0; o < outs && bias; o++) {
+        bias[o] = 0;
+        for (int n = 0; n < s; n++) bias[o] += sums[l->weights + planes + n * outs + o];
+    }
+    free(sums);
     return failed;
 }

@@ -1,6 +1,7 @@
 """The compiled kernels against the definitions, in every version that this processor runs, and what is done without."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import (
     GROUPS,
@@ -34,11 +36,13 @@ def only(monkeypatch):
 
     def leave(version=None):
         left = {} if version is None else {version: onepass.variants()[version]}
+        onepass.kernel_of.cache_clear()
         monkeypatch.setattr(onepass, "variants", lambda: left)
         if version is None:
             monkeypatch.setattr("gconv.conv.variants", lambda: {})
 
-    return leave
+    yield leave
+    onepass.kernel_of.cache_clear()
 
 
 @st.composite
@@ -66,8 +70,8 @@ def drawn(draw, form):
 
 def in_kernel(layer, x):
     """What runs, which is to be the kernel."""
-    (kernel,) = layer._prepared(to_group_major(x)).filters
-    assert isinstance(kernel, onepass.Kernel)
+    kernel = layer._kernel_for(x, layer._own_parameters(x))
+    assert kernel is not None
     return kernel
 
 
@@ -157,13 +161,12 @@ def test_the_comparison_sees_a_wrong_kernel(form):
     with torch.no_grad():
         expected = gconv2d(x.double(), layer.weight.double(), layer.bias.double(), layer.group, layer.sampling)
         kernel = in_kernel(layer, x)
-        assert close(from_group_major(kernel.run(to_group_major(x)), 8), expected)
-        told = onepass._Told.of(kernel.settings())
-        for at in (0, told.weights + told.weights_back, kernel.packed.numel() - 16):  # a mix, a plane, the bias
-            wrong = kernel.packed.clone()
+        packed = kernel.pack(layer.mix, layer.spatial, layer.bias)
+        assert close(kernel.forward(x, packed), expected)
+        for at in (0, kernel.weights + kernel.weights_back, packed.numel() - kernel.biases):  # a mix, a plane, the bias
+            wrong = packed.clone()
             wrong[at] += 0.1
-            y = from_group_major(onepass.forward(kernel, to_group_major(x), wrong), 8)
-            assert not close(y, expected)
+            assert not close(kernel.forward(x, wrong), expected)
 
 
 @built
@@ -260,8 +263,8 @@ def test_everything_else_is_left_to_pytorch(form, bad):
             layer, x = layer.double(), x.double()
         case "channels_first":
             x = x.contiguous()
-    assert not isinstance(layer._prepared(x).filters[0], onepass.Kernel)
     x = from_group_major(x, 4)
+    assert layer._kernel_for(x, layer._own_parameters(x)) is None
     expected = gconv2d(x, layer.weight, layer.bias, layer.group, layer.sampling)
     torch.testing.assert_close(layer(x), expected)
 
@@ -276,7 +279,7 @@ def test_without_a_compiler_all_is_as_before(only, monkeypatch, form):
     monkeypatch.setattr(compiled, "library", lambda: None)
     monkeypatch.setattr("gconv.norm.library", lambda: None)
     norm.reset_running_stats()
-    assert not isinstance(layer._prepared(to_group_major(x)).filters[0], onepass.Kernel)
+    assert layer._kernel_for(x, layer._own_parameters(x)) is None
     for now, before in zip([norm.train(mode)(layer(x)) for mode in (True, False)], with_it, strict=True):
         torch.testing.assert_close(now, before)
     assert SeparableGConv2d(9, 9, 3, group="p4m", form=form).execution == "factorized"
@@ -333,6 +336,31 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch_and_never_read_beyond(g
         torch.testing.assert_close(layer(x, more=one), layer(x) + one)
         with pytest.raises(RuntimeError):
             layer(x, more=one[..., :3])
+
+
+@built
+@forms
+def test_who_counts_operations_sees_some_and_a_profiler_sees_the_kernel(form):
+    layer = SeparableGConv2d(4, 5, 3, padding=1, group="p4", form=form, execution="factorized").eval()
+    x = from_group_major(channels_last(torch.randn(2, 16, 6, 6)), 4)
+    with torch.no_grad():
+        expected = layer(x)
+        with FlopCounterMode(display=False) as counter:
+            torch.testing.assert_close(layer(x), expected)
+        assert counter.get_total_flops() == 2 * 2 * 36 * sum(layer.macs())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert torch.equal(layer(x), expected)
+    assert "gconv::forward" in {event.key for event in profile.key_averages()}
+
+
+@built
+def test_no_memory_is_said(monkeypatch):
+    monkeypatch.setattr(compiled, "compiled", lambda: SimpleNamespace(gconv_forward=lambda *_: 1))
+    layer = SeparableGConv2d(4, 5, 3, group="p4").eval()
+    x = from_group_major(channels_last(torch.randn(2, 16, 6, 6)), 4)
+    kernel = in_kernel(layer, x)
+    with pytest.raises(MemoryError, match="gconv::forward"):
+        kernel.forward(x, torch.zeros(1))
 
 
 # --- in networks

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from gconv.cost import cost
 from gconv.errors import InputError
 from gconv.groups import group
 from gconv.models import MODELS, Model, create_model
-from gconv.onepass import _Told, variants
+from gconv.onepass import variants
 from gconv.separable import FORMS, FilterShape
 
 # Parameters, MACs in the published convention, and as executed mix first; None where not published to the unit.
@@ -62,34 +60,13 @@ def convolution_macs(model: nn.Module, *shape: int) -> int:
     It counts 2 FLOPs a MAC. The linear head is left out, and so is what the first pass builds and keeps.
     """
     x = torch.zeros(1, *shape)
-    counts = {torch.ops.gconv.separable: kernel_flops, torch.ops.gconv.full: full_flops}
-    with FlopCounterMode(display=False, custom_mapping=counts) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(x)
         built = sum(counter.get_flop_counts()["Global"].values())
         model(x)
     flops = sum(counter.get_flop_counts()["Global"].values()) - built
     assert flops % 2 == 0
     return flops // 2 - model.fc.weight.numel()
-
-
-def kernel_flops(x, packed, more, relu, settings, out_shape=None, **_):
-    """Of the compiled kernel, from the products that it is told to do."""
-    told = _Told.of(settings)
-    sizes, table = told.sizes, told.table.long()
-    entering, leaving = (n * h * w for n, _, h, w in (x, out_shape))
-    mixed = leaving if sizes.planar_first else entering
-    macs = mixed * int((table[:, 1] * table[:, 3]).sum())
-    terms = (sizes.rank, 1) if sizes.planar_first else (1, sizes.rank)
-    if told.in_basis:
-        macs += mixed * sizes.order**2 * (terms[0] * sizes.in_channels + terms[1] * sizes.out_channels)
-    filtered = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
-    return 2 * (macs + leaving * sizes.k**2 * sizes.rank * filtered)
-
-
-def full_flops(x, weight, bias, relu, out_shape=None, **_):
-    """Of the compiled ordinary convolution."""
-    n, _, h, w = out_shape
-    return 2 * n * h * w * math.prod(weight)
 
 
 def with_converted_layers() -> Model:
@@ -185,20 +162,16 @@ def test_the_totals_are_sums_and_count_every_parameter():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_executed_macs_are_what_pytorch_counts(monkeypatch, name):
-    monkeypatch.setattr(GConv2d, "mixes", False)  # which is not counted
+def test_executed_macs_are_what_pytorch_counts(name):
     model = create_model(name, width=4)
     assert cost(model, model.input_shape).macs_executed == convolution_macs(model, *model.input_shape)
 
 
-@pytest.mark.parametrize("execution", ["dense", "factorized", "irrep"])
+@pytest.mark.parametrize("execution", ["dense", "factorized"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["p4cnn", "p4m-resnet44"])
-def test_executed_macs_of_either_execution_are_what_pytorch_counts(monkeypatch, name, form, execution):
-    monkeypatch.setattr(GConv2d, "mixes", False)  # which is not counted
+def test_executed_macs_of_either_execution_are_what_pytorch_counts(name, form, execution):
     model = create_model(name, width=3, separable=form)
-    if execution == "irrep" and (execution not in FORMS[form].executions or not variants()):
-        pytest.skip("PyTorch's own operations do more than is counted" if not variants() else "has no such execution")
     for layer in model.modules():
         if isinstance(layer, SeparableGConv2d):
             layer.execution = execution
@@ -210,6 +183,20 @@ def test_executed_macs_of_either_execution_are_what_pytorch_counts(monkeypatch, 
 def test_executed_macs_of_converted_layers_are_what_pytorch_counts():
     model = with_converted_layers()
     assert cost(model, (1, 28, 28)).macs_executed == convolution_macs(model, 1, 28, 28)
+
+
+@pytest.mark.skipif(not variants(), reason="there was no C compiler")
+@pytest.mark.parametrize("execution", ["factorized", "irrep"])
+@pytest.mark.parametrize("form", ["gc", "gc_in"])
+@pytest.mark.parametrize("on", ["z2", "p2", "p4", "p4m"])
+def test_executed_macs_of_the_compiled_kernel_are_those_of_its_products(on, form, execution):
+    layer = SeparableGConv2d(5, 3, 3, group=on, form=form, rank=2, execution=execution)
+    kernel, s, filtered = layer._kernel(), layer.group.order, 5 if form == "gc_in" else 3
+    mixed = int((kernel.table[:, 1].long() * kernel.table[:, 3]).sum())
+    if execution == "irrep":  # and the changes of basis, of the maps of both terms
+        mixed += s**2 * (2 * 5 + 3 if form == "gc_in" else 5 + 2 * 3)
+    planar = 2 * s * filtered * 9
+    assert layer.macs() == ((0, mixed + planar) if form == "gc_in" else (mixed, planar))
 
 
 # --- manners
