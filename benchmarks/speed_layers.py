@@ -16,8 +16,8 @@ from .timing import interleaved
 # Width and side of the maps; the first are measured always.
 CASES = {"p4": [(10, 8), (10, 32), (64, 16)], "p4m": [(28, 8), (28, 32), (64, 16), (128, 8)]}
 MORE = {"p4": [(10, 16), (30, 16), (64, 8), (64, 32), (128, 16)], "p4m": [(10, 16), (64, 8), (64, 32), (128, 16)]}
-VALUES = 1 << 21
-"""About as many as the maps of a batch have."""
+VALUES, IMAGES = 1 << 21, 128
+"""At most as many values as the maps of a batch have, and images: those of a P4CNN's batch."""
 
 
 def layer(kind: str, group: str, width: int) -> nn.Module:
@@ -35,7 +35,7 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
     rows = []
     order = gconv.group(group).order
     for width, side in CASES[group] + (MORE[group] if full else []):
-        batch = max(1, min(64, VALUES // (width * order * side * side)))
+        batch = max(1, min(IMAGES, VALUES // (width * order * side * side)))
         maps = channels_last(torch.randn(batch, width * order, side, side))
         images = channels_last(torch.randn(batch, 3, side, side))
         grouped = from_group_major(maps, order)  # as the layer before gives them
@@ -51,7 +51,7 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
         for direction in ("forward", "forward and backward"):
             runs = {name: _run(network, inputs[name], direction) for name, network in networks.items()}
             with torch.inference_mode(direction == "forward"):
-                found = interleaved(runs, 15 if full else 7)
+                found = interleaved(runs, 31 if full else 15)
             rows += [
                 {"subject": f"{group}, {width} channels, {side}x{side}", "variant": name, "direction": direction}
                 | {"group": group, "width": width, "side": side, "batch": batch, "macs": macs[name], **times}

@@ -398,21 +398,16 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
     int ldi = padded(l->planar_first ? ci * rank : ci), ldo = padded(l->planar_first ? co : co * rank);
     int positions = wide > l->out_width ? wide : l->out_width, around = l->width + 2 * l->padding;
     size_t planes = (size_t)k * k * ROUNDED(c);
+    /* Both are zeros at first, as what lies around and between the values stays so. */
     float *ring = NAME(take)(&scratch, floats(k * wide, ld));
+    float *image = l->planar_first ? NAME(take)(&scratch, floats(l->height * around, padded(ci))) : NULL;
     int batch = batch_of(l), most = positions * batch, longer = ldi > ldo ? ldi : ldo;
     float *ins = NAME(take)(&scratch, floats(most, ldi)), *outs = NAME(take)(&scratch, floats(most, ldo));
     float *room = NAME(take)(&scratch, floats(positions, longer));
     float *mades = NAME(take)(&scratch, floats(most, longer)), *backs = NAME(take)(&scratch, floats(most, longer));
-    float *image = NULL; /* with its borders left and right */
-    if (l->planar_first) {
-        size_t size = floats(l->height * around, padded(ci));
-        image = NAME(take)(&scratch, size);
-        memset(image, 0, sizeof(float) * size);
-        for (int i = 0; i < l->height; i++)
-            NAME(spread)(x + floats(i * l->width, ci), ci, image + floats(i * around + l->padding, padded(ci)),
-                         padded(ci), ci, l->width);
-    }
-    memset(ring, 0, sizeof(float) * floats(k * wide, ld)); /* what lies between and around stays so */
+    for (int i = 0; i < l->height && image; i++)
+        NAME(spread)(x + floats(i * l->width, ci), ci, image + floats(i * around + l->padding, padded(ci)), padded(ci),
+                     ci, l->width);
     int ready = 0;
     for (int i = 0; i < l->height; i++) {
         const float *rows[MOST_K], *shifted[MOST_K];
@@ -459,13 +454,13 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
         int slot = i % batch * l->width;
         float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades;
         float *back = backs + (l->planar_first ? 0 : floats(slot, ldo));
+        struct ending end = {.y = gx + floats(i * l->width, ci)};
         for (int r = 0; r < rank; r++) {
             for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && l->planar_first ? rows[dy] + r * ci : rows[dy];
             float *to = l->planar_first ? back : back + r * co;
             NAME(planar)(shifted, ld, 1, p->planar_back + r * planes, k, c, to, l->planar_first ? ldi : ldo, l->width,
-                         l->planar_first && r, NULL);
+                         l->planar_first && r, l->planar_first && r == rank - 1 ? &end : NULL);
         }
-        const float *result = back;
         if (!l->planar_first) {
             int lde = ci, ldg = ldo;
             const float *from = x + floats(i * l->width, ci);
@@ -478,10 +473,12 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
             if (slot == (batch - 1) * l->width || i == l->height - 1)
                 NAME(mix_gradient)(l, entered - floats(slot, lde), lde, gradient - floats(slot, ldg), ldg, gw,
                                    slot + l->width);
-            NAME(mix)(l, p, 1, gradient, ldg, 1, l->in_channels, room, made, ldi, l->width, NULL);
-            result = made;
+            if (l->in_basis) {
+                NAME(mix)(l, p, 1, gradient, ldg, 1, l->in_channels, room, made, ldi, l->width, NULL);
+                NAME(finish)(made, ldi, ci, l->width, &end);
+            } else
+                NAME(mix)(l, p, 1, gradient, ldg, 1, l->in_channels, room, end.y, ci, l->width, &end);
         }
-        NAME(finish)(result, ldi, ci, l->width, &(struct ending){.y = gx + floats(i * l->width, ci)});
     }
 }
 

@@ -209,12 +209,12 @@ static void pack_term(const struct layer *l, const struct parts *p, int lanes, i
                     }
                 }
         float *w = p->weights + t[PACKED], *back = p->weights_back + t[PACKED_BACK];
-        for (size_t j = 0; j < (size_t)rounded(columns, lanes); j++)
+        for (int j = 0; j < columns; j += lanes)
             for (int e = 0; e < depth; e++)
-                w[(j / lanes * depth + e) * lanes + j % lanes] = j < (size_t)columns ? matrix[j * depth + e] : 0;
-        for (size_t e = 0; e < (size_t)rounded(depth, lanes); e++)
-            for (size_t j = 0; j < (size_t)columns; j++)
-                back[(e / lanes * columns + j) * lanes + e % lanes] = e < (size_t)depth ? matrix[j * depth + e] : 0;
+                for (int n = j; n < j + lanes; n++) *w++ = n < columns ? matrix[(size_t)n * depth + e] : 0;
+        for (int e = 0; e < depth; e += lanes)
+            for (int j = 0; j < columns; j++)
+                for (int n = e; n < e + lanes; n++) *back++ = n < depth ? matrix[(size_t)j * depth + n] : 0;
     }
 }
 
@@ -294,11 +294,13 @@ static size_t scratch_bytes(const struct layer *l, int whole_image)
     return (rows * wide * row * sizeof(float) + 63) / 64 * 64;
 }
 
-/* Of that what the forward pass keeps its rows in. */
-static size_t ring_bytes(const struct layer *l)
+/* What of that has to be zeros at first. */
+static size_t borders_bytes(const struct layer *l, int whole_image)
 {
-    int kept = l->order * (l->planar_first ? l->in_channels : l->out_channels * l->rank);
-    return sizeof(float) * floats(l->k * (l->width + 2 * l->padding), padded(kept));
+    int around = l->width + 2 * l->padding, wide = whole_image ? l->width + l->k - 1 : around;
+    int channels = planar_channels(l), kept = l->planar_first == whole_image ? channels * l->rank : channels;
+    size_t image = whole_image && l->planar_first ? floats(l->height * around, padded(channels)) : 0;
+    return sizeof(float) * (floats(l->k * wide, padded(kept)) + image);
 }
 
 /* y [n][H'][W'][S O] from x [n][H][W][S I]; `more`, if given, is added, and then comes a ReLU if asked. Returns 0, or
@@ -314,7 +316,7 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
 #pragma omp parallel num_threads(threads)
     {
         float *scratch = aligned_alloc(64, scratch_bytes(l, 0));
-        if (scratch) memset(scratch, 0, ring_bytes(l));
+        if (scratch) memset(scratch, 0, borders_bytes(l, 0));
         else {
 #pragma omp atomic write
             failed = 1;
@@ -349,7 +351,8 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
     for (int t = 0; t < threads; t++) {
         float *scratch = aligned_alloc(64, scratch_bytes(l, 1)), *own = sums + t * each;
         memset(own, 0, sizeof(float) * each);
-        if (!scratch) {
+        if (scratch) memset(scratch, 0, borders_bytes(l, 1));
+        else {
 #pragma omp atomic write
             failed = 1;
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 import gconv
 from analysis.budget import Budget
-from benchmarks import speed, speed_conversions, speed_layers, speed_networks, speed_report
+from benchmarks import speed, speed_conversions, speed_layers, speed_networks, speed_report, timing
 from benchmarks.timing import interleaved, summary
 from gconv.errors import InputError
 
@@ -91,15 +92,27 @@ def test_without_records_there_is_no_table(tmp_path: Path) -> None:
         speed_report.table(tmp_path)
 
 
-def test_runs_take_turns_and_the_first_turn_does_not_count() -> None:
+def test_runs_take_turns_and_the_first_turns_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TURN", 0.0)
     calls: list[str] = []
     found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    turns = [tuple(calls[at : at + 2]) for at in range(0, 8, 2)]
+    turns = [tuple(calls[at : at + 2]) for at in range(0, 10, 2)]
     assert all(sorted(turn) == ["a", "b"] for turn in turns)
     assert found["a"]["rounds"] == found["b"]["rounds"] == 3
 
 
-def test_no_run_is_always_behind_the_same_other() -> None:
+def test_a_turn_of_short_runs_has_several_and_its_time_is_shared() -> None:
+    found = interleaved({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}, 3)
+    assert 1 <= found["short"]["median_ms"] < 5
+    assert found["long"]["median_ms"] >= 10
+    calls: list[str] = []
+    interleaved({"short": lambda: calls.append("s"), "long": lambda: (calls.append("l"), time.sleep(0.01))}, 2)
+    assert calls.count("l") == 4
+    assert calls.count("s") > 20
+
+
+def test_no_run_is_always_behind_the_same_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_TURN", 0.0)
     calls: list[str] = []
     interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 20)  # type: ignore[misc]
     assert {calls[at - 1] for at, name in enumerate(calls) if name == "b" and at} >= {"a", "c"}

@@ -221,7 +221,7 @@ with torch.inference_mode():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps memory")
 def test_a_network_that_was_loaded_runs_without_page_faults():
-    """Otherwise there are some 25,000, in nine processes of ten; now a thousand, while memory is still found for the first time."""
+    """Otherwise there are some 25,000, in nine processes of ten; now a thousand, of memory that is new."""
     path = Path(__file__).parents[2] / "checkpoints" / "p4cnn-w30-rotmnist-regen.pt"
     for _ in range(2):
         run = [sys.executable, "-c", FAULTS.format(path=str(path))]
