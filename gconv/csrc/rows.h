@@ -164,42 +164,54 @@ INLINE struct NAME(meeting) NAME(meet)(const float *const *rows, const float *d,
     return met;
 }
 
-/* Neighbours in a row of a depthwise convolution:
- * sums[i] = sum over dy < some and dx of planes[dy][dx] rows[dy][i stride + dx]. */
-INLINE TARGET void NAME(pixels)(const struct NAME(meeting) *met, size_t at, int j, int ld, int stride, int next,
-                                const int k, const int some, const int outputs, vec *sums)
+/* Where an output goes, and with what: as `planar` says. */
+INLINE TARGET void NAME(place)(vec value, float *y, int ldy, int x, int j, int c, int add, const struct ending *end)
 {
-#pragma GCC unroll 4
-    for (int i = 0; i < outputs; i++) sums[i] = (vec){0};
-#pragma GCC unroll 3
-    for (int dy = 0; dy < some; dy++)
-#pragma GCC unroll 3
-        for (int dx = 0; dx < k; dx++) {
-            vec w = NAME(load)(met->planes[dy] + dx * next + j);
-#pragma GCC unroll 4
-            for (int i = 0; i < outputs; i++)
-                sums[i] += w * NAME(load)(met->rows[dy] + at + floats(i * stride + dx, ld));
+    float *to = y + floats(x, ldy) + j;
+    if (add) value += NAME(load)(to);
+    if (end) NAME(finished)(end->y + floats(x, c) + j, value, j, c - j, end);
+    else NAME(store)(to, value);
+}
+
+/* Of a kernel of any size. */
+TARGET static void NAME(planar_any)(const struct NAME(meeting) *met, int ld, int stride, int k, int c, float *y, int ldy,
+                                    int width, int add, const struct ending *end)
+{
+    for (int j = 0; j < c; j += V)
+        for (int x = 0; x < width; x++) {
+            vec sum = {0};
+            for (int dy = 0; dy < met->some; dy++)
+                for (int dx = 0; dx < k; dx++)
+                    sum += NAME(load)(met->planes[dy] + dx * ROUNDED(c) + j)
+                           * NAME(load)(met->rows[dy] + floats(x * stride + dx, ld) + j);
+            NAME(place)(sum, y, ldy, x, j, c, add, end);
         }
 }
 
-INLINE TARGET void NAME(planar_of)(const struct NAME(meeting) *met, int ld, int stride, const int k, const int some,
-                                   int c, float *y, int ldy, int width, int add, const struct ending *end)
+/* Of one of size three, of which `some` rows meet the map, with stride one: `N` neighbours at once share what they read. */
+INLINE TARGET void NAME(planar_three)(const struct NAME(meeting) *met, int ld, const int some, int c, float *y, int ldy,
+                                      int width, int add, const struct ending *end)
 {
-    for (int j = 0; j < c; j += V)
-        for (int x = 0; x < width;) {
-            size_t at = floats(x * stride, ld) + j;
-            vec sums[4];
-            int outputs = width - x < 4 ? 1 : 4;
-            if (outputs == 4) NAME(pixels)(met, at, j, ld, stride, ROUNDED(c), k, some, 4, sums);
-            else NAME(pixels)(met, at, j, ld, stride, ROUNDED(c), k, some, 1, sums);
-            for (int i = 0; i < outputs; i++) {
-                float *into = (end ? end->y + floats(x + i, c) : y + floats(x + i, ldy)) + j;
-                vec value = add ? sums[i] + NAME(load)(y + floats(x + i, ldy) + j) : sums[i];
-                if (end) NAME(finished)(into, value, j, c - j, end);
-                else NAME(store)(into, value);
-            }
-            x += outputs;
-        }
+    for (int j = 0; j < c; j += V) {
+        vec w[3][3];
+        for (int dy = 0; dy < some; dy++)
+            for (int dx = 0; dx < 3; dx++) w[dy][dx] = NAME(load)(met->planes[dy] + dx * ROUNDED(c) + j);
+        int x = 0;
+#define NEIGHBOURS(N)                                                                                                  \
+    for (; x + N <= width; x += N) {                                                                                   \
+        vec sums[N] = {0};                                                                                             \
+        for (int dy = 0; dy < some; dy++) {                                                                            \
+            vec read[N + 2];                                                                                           \
+            for (int i = 0; i < N + 2; i++) read[i] = NAME(load)(met->rows[dy] + floats(x + i, ld) + j);               \
+            for (int dx = 0; dx < 3; dx++)                                                                             \
+                for (int i = 0; i < N; i++) sums[i] += w[dy][dx] * read[i + dx];                                       \
+        }                                                                                                              \
+        for (int i = 0; i < N; i++) NAME(place)(sums[i], y, ldy, x + i, j, c, add, end);                               \
+    }
+        NEIGHBOURS(4)
+        NEIGHBOURS(1)
+#undef NEIGHBOURS
+    }
 }
 
 /* One row of a depthwise convolution of c channels: y[x][:c] = or += sum over dy, dx of d[dy][dx] rows[dy][x + dx].
@@ -209,20 +221,31 @@ TARGET static void NAME(planar)(const float *const *rows, int ld, int stride, co
                                 int ldy, int width, int add, const struct ending *end)
 {
     struct NAME(meeting) met = NAME(meet)(rows, d, k, c);
-    if (k == 3 && stride == 1 && met.some == 3) NAME(planar_of)(&met, ld, 1, 3, 3, c, y, ldy, width, add, end);
-    else if (k == 3 && stride == 1 && met.some == 2) NAME(planar_of)(&met, ld, 1, 3, 2, c, y, ldy, width, add, end);
-    else NAME(planar_of)(&met, ld, stride, k, met.some, c, y, ldy, width, add, end);
+    if (k == 3 && stride == 1 && met.some == 3) NAME(planar_three)(&met, ld, 3, c, y, ldy, width, add, end);
+    else if (k == 3 && stride == 1 && met.some == 2) NAME(planar_three)(&met, ld, 2, c, y, ldy, width, add, end);
+    else NAME(planar_any)(&met, ld, stride, k, c, y, ldy, width, add, end);
 }
 
 /* A part of the gradient of a kernel: of `some` of its rows, of which the map's and the gradient's are given, and
- * `taps` of each. */
+ * `taps` of each. Four neighbours at once share what they read. */
 INLINE TARGET void NAME(taps)(const float *const *rows, float *const *gd, int ld, int stride, const float *t, int ldt,
                               int next, int width, const int some, const int taps)
 {
     vec sums[3][3];
     for (int dy = 0; dy < some; dy++)
         for (int dx = 0; dx < taps; dx++) sums[dy][dx] = NAME(load)(gd[dy] + dx * next);
-    for (int x = 0; x < width; x++) {
+    int x = 0;
+    for (; x + 4 <= width && stride == 1; x += 4) {
+        vec values[4];
+        for (int i = 0; i < 4; i++) values[i] = NAME(load)(t + floats(x + i, ldt));
+        for (int dy = 0; dy < some; dy++) {
+            vec read[6];
+            for (int i = 0; i < taps + 3; i++) read[i] = NAME(load)(rows[dy] + floats(x + i, ld));
+            for (int i = 0; i < 4; i++)
+                for (int dx = 0; dx < taps; dx++) sums[dy][dx] += values[i] * read[i + dx];
+        }
+    }
+    for (; x < width; x++) {
         vec value = NAME(load)(t + floats(x, ldt));
         for (int dy = 0; dy < some; dy++)
             for (int dx = 0; dx < taps; dx++)
