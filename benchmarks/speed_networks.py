@@ -136,7 +136,7 @@ def _p4m_resnets() -> tuple[dict[str, nn.Module], Tensor]:
 def resnet_training(full: bool) -> list[dict[str, Any]]:
     """The p4m-ResNet beside all others, and its published separable version."""
     networks, images = _p4m_resnets()
-    return train("p4m-resnet44", networks, images, 9 if full else 3)
+    return train("p4m-resnet44", networks, images, 9 if full else 5)
 
 
 def resnet_inference(full: bool) -> list[dict[str, Any]]:

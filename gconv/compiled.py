@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from .functional import lies_channels_last
 
@@ -59,13 +60,19 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether compiled functions may read these tensors, and what they give is all that is asked of a map x.
 
     They know nothing of other types, of derivatives that are computed along, of function transforms and of autocast;
-    and what watches the operations of PyTorch, such as a counter of them, would not see theirs.
+    and what watches the operations of PyTorch, such as a counter of them, would not see theirs, but for its tensors.
     """
     for t in (x, *parameters):
         if t is not None and not (t.is_cpu and t.dtype is torch.float32):
             return False
     along = forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return not (along or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack())
+    if along or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch._C._len_torch_dispatch_stack() or isinstance(_get_current_dispatch_mode(), WatchesTensors)
+
+
+class WatchesTensors(TorchDispatchMode):
+    """A mode that looks at the tensors that there are, not at the operations that make them."""
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p | None:

@@ -75,6 +75,7 @@ class _GroupConv(nn.Module, ABC):
 
     execution: Execution = "dense"
     bias: nn.Parameter | None
+    weight: Any  # the generator
     _factors: ClassVar[tuple[str, ...]]  # the names of the filter's parameters
     _cache: _Cache | None = None
     _expansion: Tensor
@@ -211,13 +212,26 @@ class _GroupConv(nn.Module, ABC):
         bias = None if self.bias is None else self.bias.repeat(self.group.order)
         return _Prepared(self._new_filters(how), bias)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the compiled kernel, where it is, is to run the whole filter as mixes of pixels; see GConv2d."""
+        whole = self.execution == "dense" and not self._lifting
+        return whole and bool(variants()) and _pays(self.filter_shape, self.group)
+
     def _kernel(self) -> Kernel | None:
         """The compiled kernel, where it is to run this layer."""
-        return None
+        if not self.mixes:
+            return None
+        o, i, s, k = self.filter_shape
+        sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
+        return kernel_of(self.group, sizes, True, self.bias is not None)
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
         """The mix and the planar kernels that it takes."""
-        raise NotImplementedError
+        o, i, s, k = self.filter_shape
+        mix = _PIXELS.fold(self.weight, self._pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
+        pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
+        return mix, pixels
 
     def _kernel_for(self, x: Tensor, parameters: list[Tensor]) -> Kernel | None:
         """The compiled kernel, if that is to run this layer and takes the map and the parameters."""
@@ -346,24 +360,6 @@ class GConv2d(_FullConv):
     group, the compiled kernel runs the layer so. :meth:`macs` counts the expanded filter all the same.
     """
 
-    def _kernel(self) -> Kernel | None:
-        if not self.mixes:
-            return None
-        o, i, s, k = self.filter_shape
-        sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
-        return kernel_of(self.group, sizes, True, self.bias is not None)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the compiled kernel, where it is, is to run this layer as mixes of pixels."""
-        return bool(variants()) and _pays(self.filter_shape, self.group)
-
-    def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
-        o, i, s, k = self.filter_shape
-        mix = _PIXELS.fold(self.weight, self._pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
-        pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
-        return mix, pixels
-
 
 _PIXELS = FORMS["gc_in"]
 
@@ -387,9 +383,9 @@ class SeparableGConv2d(_GroupConv):
         rank: R, from 1 to ``form.max_rank(filter_shape)``.
         execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"irrep"`` does so with the mix in
             the irreducible representations of the group (``gc`` and ``gc_in``); ``"dense"`` builds the full filter and
-            runs one convolution. Same output to rounding. Default: the form's own, or ``"irrep"`` where the form has
-            it and the size is one at which that is the faster way (:meth:`gconv.mixing.Basis.pays`). On the tensor
-            cores of a GPU ``"irrep"`` mixes directly too.
+            runs as :class:`GConv2d` does. Same output to rounding. Default: the form's own, or ``"irrep"`` where the
+            form has it and the size is one at which that is the faster way (:meth:`gconv.mixing.Basis.pays`). On the
+            tensor cores of a GPU ``"irrep"`` mixes directly too.
     """
 
     _factors = ("mix", "spatial")
@@ -485,13 +481,13 @@ class SeparableGConv2d(_GroupConv):
 
     def _kernel(self) -> Kernel | None:
         if self.execution == "dense" or "irrep" not in self.form.executions:
-            return None
+            return super()._kernel()
         o, i, s, k = self.filter_shape
         sizes = Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
         return kernel_of(self.group, sizes, self.execution == "irrep", self.bias is not None)
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
-        return self.mix, self.spatial
+        return super()._kernel_parameters() if self.execution == "dense" else (self.mix, self.spatial)
 
     def _basis_for(self, execution: str) -> Basis | None:
         return self._basis if execution == "irrep" else None

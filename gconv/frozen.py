@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compiled import full, is_small, packed_filter, takes
-from .conv import GConv2d, SeparableGConv2d, _GroupConv
+from .conv import SeparableGConv2d, _GroupConv
 from .errors import InputError
 from .functional import lies_channels_last
 from .models import Model
@@ -133,7 +133,7 @@ def _runs_plainly(module: nn.Module) -> bool:
         return False
     if not isinstance(module, _GroupConv) or next(module.parameters()).is_cuda:
         return True
-    mixes = isinstance(module, GConv2d) and module.mixes and module.kernel_size != (1, 1)  # of which there are few
+    mixes = module.mixes and module.kernel_size != (1, 1)  # of which there are few
     return module.execution == "dense" and not mixes
 
 

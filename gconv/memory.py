@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .compiled import WatchesTensors
 
 _USUAL_BLOCK = 31 * 2**20  # the largest that glibc learns from is 32 MiB with its own bytes and the alignment
 
 
-class _Live(TorchDispatchMode):
+class _Live(WatchesTensors):
     """Sums the storages that operations return, from when they appear to when nobody holds them any more."""
 
     def __init__(self) -> None:

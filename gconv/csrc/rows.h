@@ -174,8 +174,8 @@ INLINE TARGET void NAME(place)(vec value, float *y, int ldy, int x, int j, int c
 }
 
 /* Of a kernel of any size. */
-TARGET static void NAME(planar_any)(const struct NAME(meeting) *met, int ld, int stride, int k, int c, float *y, int ldy,
-                                    int width, int add, const struct ending *end)
+TARGET static void NAME(planar_any)(const struct NAME(meeting) *met, int ld, int stride, int k, int c, float *y,
+                                    int ldy, int width, int add, const struct ending *end)
 {
     for (int j = 0; j < c; j += V)
         for (int x = 0; x < width; x++) {
@@ -188,7 +188,7 @@ TARGET static void NAME(planar_any)(const struct NAME(meeting) *met, int ld, int
         }
 }
 
-/* Of one of size three, of which `some` rows meet the map, with stride one: `N` neighbours at once share what they read. */
+/* Of one of size three, of which `some` rows meet the map, with stride one: neighbours share what they read. */
 INLINE TARGET void NAME(planar_three)(const struct NAME(meeting) *met, int ld, const int some, int c, float *y, int ldy,
                                       int width, int add, const struct ending *end)
 {

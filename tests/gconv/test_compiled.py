@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import (
+    FORMS,
     GROUPS,
     GConv2d,
     GroupBatchNorm2d,
@@ -23,6 +24,7 @@ from gconv import (
     group,
     onepass,
 )
+from gconv.compiled import WatchesTensors
 from gconv.functional import channels_last, from_group_major, is_channels_last, to_group_major
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no C compiler")
@@ -143,6 +145,21 @@ def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
             assert torch.equal(layer.eval()(x), y)
 
     check()
+
+
+@built
+@pytest.mark.parametrize("form", FORMS)
+def test_a_separable_layer_that_runs_dense_does_as_the_full_one(form):
+    """Or a network converted to few parameters would be slower than its original."""
+    torch.manual_seed(0)
+    layer = SeparableGConv2d(8, 9, 3, padding=1, group="p4m", form=form, rank=2, execution="dense")
+    assert layer.mixes
+    assert layer._kernel() is layer.to_dense()._kernel()
+    y = as_defined(layer, from_group_major(channels_last(torch.randn(2, 64, 6, 7)), 8))
+    assert y.shape == (2, 9, 8, 6, 7)
+    small = SeparableGConv2d(4, 4, 3, group="p4", form=form, execution="dense")
+    assert not small.mixes
+    assert small._kernel() is None
 
 
 @built
@@ -348,6 +365,8 @@ def test_who_counts_operations_sees_some_and_a_profiler_sees_the_kernel(form):
         with FlopCounterMode(display=False) as counter:
             torch.testing.assert_close(layer(x), expected)
         assert counter.get_total_flops() == 2 * 2 * 36 * sum(layer.macs())
+        with WatchesTensors():
+            assert layer._kernel_for(x, layer._own_parameters(x)) is not None
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             assert torch.equal(layer(x), expected)
     assert "gconv::forward" in {event.key for event in profile.key_averages()}
