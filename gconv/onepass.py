@@ -14,13 +14,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .compiled import address, call, compiled, library, takes
+from .errors import InputError
 from .functional import Sampling, Tables, from_group_major, lies_grouped, new_grouped, to_group_major
 from .groups import Group
 from .mixing import basis_of, basis_on, regular
@@ -124,6 +125,13 @@ class Kernel:
     weights: int
     weights_back: int
 
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+        """Of the parameters."""
+        s, i, o, rank, planar_first, k, *_ = self.sizes
+        mix, spatial = FORMS["gc_in" if planar_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
+        return mix, spatial, (o,) if self.biased else None
+
     @property
     def planes(self) -> int:
         """How many values the packed planar kernels have."""
@@ -154,15 +162,20 @@ class Kernel:
         return ctypes.byref(layer)
 
     def pack(self, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
-        """The parameters as the kernel reads them."""
+        """The parameters as the kernel reads them.
+
+        Raises:
+            InputError: their shapes are not those of the layer.
+        """
+        shapes = tuple(None if of is None else tuple(of.shape) for of in (mix, spatial, bias))
+        if shapes != self.shapes:
+            given, accepted = (", ".join(str(of and list(of)) for of in some) for some in (shapes, self.shapes))
+            raise InputError(f"parameters of shapes {given} do not fit their layer; accepted: {accepted}")
         packed = mix.new_empty(self.weights + self.weights_back + 2 * self.planes + self.biases)
-        given = (
-            mix.contiguous(),
-            spatial.contiguous(),
-            None if bias is None else bias.contiguous(),
-        )  # named, as an address keeps nothing alive
+        bias = None if bias is None else bias.contiguous()
+        tensors = mix.contiguous(), spatial.contiguous(), bias  # named, as an address keeps nothing alive
         layer = self._layer(self.sizes.k, self.sizes.k)  # the size of the maps does not matter
-        call("pack", self.variant, layer, torch.get_num_threads(), *map(address, given), address(packed))
+        call("pack", self.variant, layer, torch.get_num_threads(), *map(address, tensors), address(packed))
         return packed
 
     def forward(self, x: Tensor, packed: Tensor, more: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -184,10 +197,9 @@ class Kernel:
         self, x: Tensor, gradient: Tensor, packed: Tensor, with_planes: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The gradients of the map, the mix, the planar kernels if asked, and the bias if there is one."""
-        s, i, o, rank, planar_first, k, *_ = self.sizes
-        mix, spatial = FORMS["gc_in" if planar_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
+        mix, spatial, bias = self.shapes
         of_spatial = x.new_empty(spatial) if with_planes else None
-        of_bias = x.new_empty(o) if self.biased else None
+        of_bias = None if bias is None else x.new_empty(bias)
         found = new_grouped(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
         layer, threads = self._layer(*x.shape[3:]), torch.get_num_threads()
         call("backward", self.variant, layer, len(x), threads, *map(address, (packed, x, gradient, *found)))

@@ -25,6 +25,7 @@ from gconv import (
     onepass,
 )
 from gconv.compiled import WatchesTensors
+from gconv.errors import InputError
 from gconv.functional import channels_last, from_group_major, is_channels_last, to_group_major
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no C compiler")
@@ -353,6 +354,19 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch_and_never_read_beyond(g
         torch.testing.assert_close(layer(x, more=one), layer(x) + one)
         with pytest.raises(RuntimeError):
             layer(x, more=one[..., :3])
+
+
+@built
+@forms
+@pytest.mark.parametrize("grad", [True, False])
+def test_parameters_of_other_shapes_are_not_read_beyond(form, grad):
+    x = from_group_major(channels_last(torch.randn(2, 16, 6, 6)), 4)
+    for name in ("mix", "spatial", "bias"):
+        layer = SeparableGConv2d(4, 5, 3, group="p4", form=form).train(grad)
+        parameter = getattr(layer, name)
+        parameter.data = parameter.data[:-1]
+        with torch.set_grad_enabled(grad), pytest.raises(InputError, match="do not fit their layer; accepted: "):
+            layer(x)
 
 
 @built
