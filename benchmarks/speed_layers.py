@@ -16,8 +16,8 @@ from .timing import interleaved
 # Width and side of the maps; the first are measured always.
 CASES = {"p4": [(10, 8), (10, 32), (64, 16)], "p4m": [(28, 8), (28, 32), (64, 16), (128, 8)]}
 MORE = {"p4": [(10, 16), (30, 16), (64, 8), (64, 32), (128, 16)], "p4m": [(10, 16), (64, 8), (64, 32), (128, 16)]}
-VALUES, IMAGES = 1 << 21, 128
-"""At most as many values as the maps of a batch have, and images: those of a P4CNN's batch."""
+VALUES, IMAGES = 1 << 21, 64
+"""At most as many values as the maps of a batch have, and images."""
 
 
 def layer(kind: str, group: str, width: int) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from analysis.execution import machine
 from gconv.training import environment
 
-_TURN = 0.005
+_TURN = 0.02
 """Seconds a turn lasts at least: what is over in a fraction of one is called several times, as within a network."""
 
 
@@ -24,7 +24,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, *, warm_u
     """Median and quartiles in milliseconds, by name, without a first turn that loads what is loaded on first use.
 
     The order is drawn anew in every turn, the same in every process: what ran before leaves the caches warm or cold.
-    With a first turn, runs of less than five milliseconds are then called so often that a turn lasts as long, and a
+    With a first turn, runs of less than twenty milliseconds are then called so often that a turn lasts as long, and a
     time is that of a turn, shared among its calls.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -102,11 +102,11 @@ def test_runs_take_turns_and_the_first_turns_do_not_count(monkeypatch: pytest.Mo
 
 
 def test_a_turn_of_short_runs_has_several_and_its_time_is_shared() -> None:
-    found = interleaved({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}, 3)
-    assert 1 <= found["short"]["median_ms"] < 5
-    assert found["long"]["median_ms"] >= 10
+    found = interleaved({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.03)}, 3)
+    assert 2 <= found["short"]["median_ms"] < 20
+    assert found["long"]["median_ms"] >= 30
     calls: list[str] = []
-    interleaved({"short": lambda: calls.append("s"), "long": lambda: (calls.append("l"), time.sleep(0.01))}, 2)
+    interleaved({"short": lambda: calls.append("s"), "long": lambda: (calls.append("l"), time.sleep(0.03))}, 2)
     assert calls.count("l") == 4
     assert calls.count("s") > 20
 
