@@ -262,9 +262,7 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant:
     table = torch.tensor(products, dtype=torch.int32)
     flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
     pixels = torch.tensor(group.pixel_table(k), dtype=torch.int32)
-    return Kernel(
-        group, sizes, in_basis, biased, variant, table, flat, basis.float().contiguous(), pixels, packed, packed_back
-    )
+    return Kernel(group, sizes, in_basis, biased, variant, table, flat, basis, pixels, packed, packed_back)
 
 
 def _best(sizes: Sizes, in_basis: bool, copies: Sequence[int], blocks: Sequence[int]) -> int:

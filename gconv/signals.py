@@ -53,12 +53,12 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Ctrl-C is not heard; nor by processes that are started meanwhile, for as long as they live."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C waits; processes that are started meanwhile do not hear it, for as long as they live."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

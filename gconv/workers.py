@@ -32,7 +32,7 @@ def execute(runs: Iterable[Run], *, records: Path, work: Path, device: str = "au
         InputError: a data set or a device that does not exist; or a run that cannot be done. The others under way are
             saved and stopped then, as when SIGINT or SIGTERM comes, which raise KeyboardInterrupt.
     """
-    from multiprocessing import get_context
+    from multiprocessing import get_context, resource_tracker
     from multiprocessing.connection import wait
 
     from tqdm import tqdm
@@ -46,6 +46,8 @@ def execute(runs: Iterable[Run], *, records: Path, work: Path, device: str = "au
         load_dataset(data)  # once, so that it is downloaded and checked before several processes want it
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     jobs = jobs or (1 if on.type == "cuda" else cores)
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # or it would be started later, and let SIGINT in
     context = get_context("spawn")  # as forked processes share locks with the threads of PyTorch
     active: dict[Any, tuple[Run, Any]] = {}
     with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar, terminable():

@@ -29,6 +29,7 @@ from gconv.memory import training_memory
 from gconv.models import create_model
 from gconv.recipe import Recipe
 from gconv.runs import Run, load_records, recipe_of, record_path
+from gconv.signals import deaf
 from gconv.tables import PUBLISHED, as_csv, as_markdown, efficiency, seeds, spread, table
 from gconv.training import fit
 from gconv.workers import execute
@@ -270,6 +271,19 @@ def test_a_run_that_cannot_be_done_is_one_line_and_stops_the_others():
 def environment() -> dict[str, str]:
     paths = os.pathsep.join([str(Path(experiments.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def test_ctrl_c_while_a_process_is_started_waits_and_is_not_lost():
+    reached = []
+
+    def start():
+        with deaf():
+            signal.raise_signal(signal.SIGINT)
+            reached.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached == [True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
