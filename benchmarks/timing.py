@@ -40,7 +40,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, *, warm_u
             if turn >= 0:
                 times[name].append(1000 * took / calls[name])
             elif turn == -1:
-                calls[name] = max(1, math.ceil(_TURN / took))
+                calls[name] = max(1, math.ceil(_TURN / max(took, 1e-9)))
     return {name: summary(kept) for name, kept in times.items()}
 
 

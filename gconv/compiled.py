@@ -45,7 +45,7 @@ def call(name: str, *given: Any) -> None:
     """A compiled function, which a profiler sees.
 
     Raises:
-        MemoryError: there was none.
+        MemoryError: it found no memory.
     """
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         with torch.profiler.record_function(f"gconv::{name}"):

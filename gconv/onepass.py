@@ -4,7 +4,7 @@ One after the other, on whole maps, the two are a matter of memory. ``csrc/separ
 that what lies between them stays in the cache, forward and backward. It is for maps on a CPU, in single precision and
 as the layers give them; everywhere else the operations of PyTorch do the same (:meth:`gconv.separable.Form.run`).
 
-A small layer is over in a tenth of a millisecond, in which few operations of PyTorch can be called. So the kernel is
+A small layer is over in a fraction of a millisecond, in which few operations of PyTorch can be called. So the kernel is
 given a layer's parameters as they are and gives back their gradients, and what it needs to know of a layer's size is
 made once.
 """

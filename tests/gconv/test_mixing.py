@@ -62,6 +62,8 @@ def test_the_change_of_basis_pays_where_there_are_many_channels():
     for basis, few, many in ((p4, 64, 96), (p4m, 28, 32)):
         assert not basis.pays(few, few, compiled=False)
         assert basis.pays(many, many, compiled=False)
+    for on, least in (("p4", 11), ("p4m", 8)):  # as README says
+        assert [n for n in range(2, 100) if basis_of(group(on)).pays(n, n, compiled=True)] == [*range(least, 100)]
     assert not basis_of(group("z2")).pays(10**6, 10**6, compiled=True)  # there is nothing to gain
 
 
