@@ -268,9 +268,10 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant:
 def _best(sizes: Sizes, in_basis: bool, copies: Sequence[int], blocks: Sequence[int]) -> int:
     """The version for a layer: that with the longest vectors, unless too much of these would be empty."""
     first, *others = variants()
-    if (first, *others[:1]) != (_WIDE, _NARROW):
+    if (first, *others[:2]) != (_PLANES, _WIDE, _NARROW):
         return first
     s, i, o, *_ = sizes
+    if _FORCE is not None: return _FORCE
 
     def values(lanes: int) -> int:
         """As many as the vectors of a pass have, empty ones counted."""
@@ -280,7 +281,8 @@ def _best(sizes: Sizes, in_basis: bool, copies: Sequence[int], blocks: Sequence[
     return _NARROW if values(8) < _MUCH * values(16) else _WIDE
 
 
-_WIDE, _NARROW = 0, 1
+_FORCE = None
+_PLANES, _WIDE, _NARROW = 0, 1, 2
 """The versions for one instruction set, with vectors of sixteen and of eight."""
 
 _MUCH = 0.85

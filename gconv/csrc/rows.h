@@ -40,7 +40,7 @@ INLINE TARGET void NAME(store_part)(float *to, vec value, int n)
 /* A value of the output, which begins at end->y: with the bias of its column, another map and ReLU, as asked. */
 INLINE TARGET void NAME(finished)(float *to, vec value, int column, int n, const struct ending *end)
 {
-    if (end->bias) value += NAME(load)(end->bias + column);
+    if (end->bias) value += NAME(load_part)(end->bias + column, n);
     if (end->more) value += NAME(load_part)(end->more + (to - end->y), n);
     if (end->relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
     NAME(store_part)(to, value, n);
@@ -63,6 +63,11 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
             float value = a[(size_t)i * across + (size_t)t * along];
             for (int j = 0; j < cols; j++) sums[i][j] += value * w[j];
         }
+    }
+    if (!add && !end && n >= cols * V) {
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < cols; j++) NAME(store)(c + (size_t)i * ldc + j * V, sums[i][j]);
+        return;
     }
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < cols; j++) {
@@ -123,20 +128,20 @@ TARGET static void NAME(product)(const float *a, int across, int along, const fl
     }
 }
 
-/* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c] */
+/* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c], of which one t or s is `apart` values from the one before. */
 INLINE TARGET void NAME(change_of)(const float *change, const int s, const float *x, int ldx, float *y, int ldy, int c,
-                                   int positions)
+                                   int apart, int positions)
 {
     for (int p = 0; p < positions; p++)
         for (int j = 0; j < c; j += V) {
             const float *from = x + floats(p, ldx) + j;
             float *to = y + floats(p, ldy) + j;
             vec in[MOST_ORDER];
-            for (int t = 0; t < s; t++) in[t] = NAME(load_part)(from + t * c, c - j);
+            for (int t = 0; t < s; t++) in[t] = NAME(load_part)(from + floats(t, apart), c - j);
             for (int r = 0; r < s; r++) {
                 vec sum = change[r * s] * in[0];
                 for (int t = 1; t < s; t++) sum += change[r * s + t] * in[t];
-                NAME(store_part)(to + r * c, sum, c - j);
+                NAME(store_part)(to + floats(r, apart), sum, c - j);
             }
         }
 }
@@ -145,9 +150,9 @@ TARGET static void NAME(change)(const float *change, int s, const float *x, int 
                                 int positions)
 {
     for (int r = 0; r < rank; r++, x += s * c, y += s * c)
-        if (s == 8) NAME(change_of)(change, 8, x, ldx, y, ldy, c, positions);
-        else if (s == 4) NAME(change_of)(change, 4, x, ldx, y, ldy, c, positions);
-        else NAME(change_of)(change, s, x, ldx, y, ldy, c, positions);
+        if (s == 8) NAME(change_of)(change, 8, x, ldx, y, ldy, c, c, positions);
+        else if (s == 4) NAME(change_of)(change, 4, x, ldx, y, ldy, c, c, positions);
+        else NAME(change_of)(change, s, x, ldx, y, ldy, c, c, positions);
 }
 
 /* The rows of a kernel that meet one of the map, moved together; `planes` are theirs of the kernel. */
@@ -505,6 +510,10 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
     }
 }
 
+#ifdef PLANES
+#include "planes.h"
+#endif
+
 #undef vec
 #undef ROUNDED
 #undef NAME
@@ -512,5 +521,6 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
 #undef V
 #undef REGISTERS
 #undef WIDE
+#undef PLANES
 #undef LOAD_MASKED
 #undef STORE_MASKED

@@ -44,7 +44,7 @@ struct layer {
     const int *pixels;             /* [S][k k]: entry y of a kernel turned by s is that entry of the kernel */
 };
 
-enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16 };
+enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16, BAND = 1 << 17 };
 
 /* What `pack` writes, one after the other, and the basis. The kernels read vectors, so channels are rounded up to their
  * length. */
@@ -54,6 +54,7 @@ struct parts {
     float *planar;             /* [rank][k k][channels] */
     float *planar_back;        /* the same, turned by a half */
     float *bias;               /* [S out_channels], or NULL */
+    int rows;                  /* of a band, in planes.h */
     float basis[MOST_ORDER * MOST_ORDER], basis_back[MOST_ORDER * MOST_ORDER]; /* [S][S] and its transpose */
 };
 
@@ -97,6 +98,18 @@ static inline int batch_of(const struct layer *l)
 
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
+/* Of planes.h: the zeros before a plane's values, and all of a plane. */
+static inline int margin_of(const struct layer *l)
+{
+    int border = l->k - 1 - l->padding, most = border > l->padding ? border : l->padding;
+    return rounded(most * (l->width + l->padding + 1), SPARE);
+}
+
+static inline int plane_of(const struct layer *l, int rows)
+{
+    return (margin_of(l) + rounded(rows * (l->width + l->padding) + 8 + l->k, SPARE)) | SPARE;
+}
+
 /* What becomes of what the filters give, and where: a bias [S O] and another map are added, if they are not NULL, and
  * then comes ReLU, if asked. */
 struct ending { const float *bias, *more; int relu; float *y; };
@@ -113,6 +126,7 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
                             float *gw, float *gd, float *gb, float *scratch);
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16")
 
 #if defined(__x86_64__)
 #define AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma")))
@@ -131,6 +145,7 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define V 8
 #define REGISTERS 32
 #define WIDE 5
+#define PLANES
 #define LOAD_MASKED(mask, from) _mm256_maskz_loadu_ps((__mmask8)(mask), from)
 #define STORE_MASKED(to, mask, value) _mm256_mask_storeu_ps(to, (__mmask8)(mask), (__m256)(value))
 #include "rows.h"
@@ -150,13 +165,14 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define WIDE 3
 #include "rows.h"
 
-static const struct { int lanes; forward_rows *forward; backward_image *backward; } variants[] = {
+static const struct { int lanes, sums; forward_rows *forward; backward_image *backward; } variants[] = {
 #if defined(__x86_64__)
-    {16, forward_avx512, backward_avx512},
-    {8, forward_narrow, backward_narrow},
-    {8, forward_avx2, backward_avx2},
+    {1, 8, forward_planes_narrow, backward_planes_narrow},
+    {16, 1, forward_avx512, backward_avx512},
+    {8, 1, forward_narrow, backward_narrow},
+    {8, 1, forward_avx2, backward_avx2},
 #endif
-    {4, forward_any, backward_any},
+    {4, 1, forward_any, backward_any},
 };
 
 /* The floats a vector of that variant has; 0 if this processor cannot run it, -1 if there is none of that number. */
@@ -166,10 +182,10 @@ int gconv_lanes(int variant)
     int lanes = variants[variant].lanes;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (variant < 2 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+    if (variant < 3 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
                          && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")))
         return 0;
-    if (variant == 2 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
+    if (variant == 3 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
 #endif
     return lanes;
 }
@@ -285,22 +301,49 @@ int gconv_pack(int variant, const struct layer *l, int threads, const float *mix
     return failed;
 }
 
-/* More than any function of rows.h takes from its scratch. */
-static size_t scratch_bytes(const struct layer *l, int whole_image)
+/* The planes that forward or backward of planes.h takes. */
+static int planes_taken(const struct layer *l, int backward)
 {
+    int ci = l->order * l->in_channels, co = l->order * l->out_channels;
+    int more = planar_channels(l) * l->rank, most = more > ci ? more : ci;
+    return ci + co + more + (backward ? most : 0) + 2 * SPARE;
+}
+
+/* How many rows a band of planes.h has, of `height`: few enough for its planes to stay in the second cache, and alike. */
+static int band_of(const struct layer *l, int height, int backward)
+{
+    int row = l->width + l->padding, most = BAND / planes_taken(l, backward), bands;
+    most = (most - plane_of(l, 0)) / row - l->k + 1;
+    bands = most < 1 ? height : (height + most - 1) / most;
+    return (height + bands - 1) / bands;
+}
+
+/* More than any function of rows.h or planes.h takes from its scratch. */
+static size_t scratch_bytes(const struct layer *l, int rows, int backward)
+{
+    if (rows) return sizeof(float) * floats(planes_taken(l, backward), plane_of(l, rows + l->k - 1));
     size_t row = padded(l->order * l->in_channels * l->rank) + padded(l->order * l->out_channels * l->rank);
     size_t wide = (l->width > l->out_width ? l->width : l->out_width) + 2 * (l->k + l->padding);
-    size_t rows = 2 * l->k + 8 + (whole_image ? l->height + 4 * batch_of(l) : 0);
-    return (rows * wide * row * sizeof(float) + 63) / 64 * 64;
+    size_t all = 2 * l->k + 8 + (backward ? l->height + 4 * batch_of(l) : 0);
+    return (all * wide * row * sizeof(float) + 63) / 64 * 64;
 }
 
 /* What of that has to be zeros at first. */
-static size_t borders_bytes(const struct layer *l, int whole_image)
+static size_t borders_bytes(const struct layer *l, int rows, int backward)
 {
-    int around = l->width + 2 * l->padding, wide = whole_image ? l->width + l->k - 1 : around;
-    int channels = planar_channels(l), kept = l->planar_first == whole_image ? channels * l->rank : channels;
-    size_t image = whole_image && l->planar_first ? floats(l->height * around, padded(channels)) : 0;
+    if (rows) return scratch_bytes(l, rows, backward);
+    int around = l->width + 2 * l->padding, wide = backward ? l->width + l->k - 1 : around;
+    int channels = planar_channels(l), kept = l->planar_first == backward ? channels * l->rank : channels;
+    size_t image = backward && l->planar_first ? floats(l->height * around, padded(channels)) : 0;
     return sizeof(float) * (floats(l->k * wide, padded(kept)) + image);
+}
+
+/* Room for a thread, or NULL. */
+static float *scratch_for(const struct layer *l, int rows, int backward)
+{
+    float *scratch = aligned_alloc(64, scratch_bytes(l, rows, backward));
+    if (scratch) memset(scratch, 0, borders_bytes(l, rows, backward));
+    return scratch;
 }
 
 /* y [n][H'][W'][S O] from x [n][H][W][S I]; `more`, if given, is added, and then comes a ReLU if asked. Returns 0, or
@@ -308,16 +351,18 @@ static size_t borders_bytes(const struct layer *l, int whole_image)
 int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *packed, const float *x,
                   const float *more, int relu, float *y)
 {
-    int bands = n < threads ? (threads + n - 1) / n : 1, failed = 0;
+    int rows = variants[variant].sums > 1 ? band_of(l, l->out_height, 0) : 0, failed = 0;
+    int bands = n < threads ? (threads + n - 1) / n : 1, needed = rows ? (l->out_height + rows - 1) / rows : 1;
+    bands = bands < needed ? needed : bands;
     if (bands > l->out_height) bands = l->out_height;
     size_t in = floats(l->height * l->width, l->order * l->in_channels);
     size_t out = floats(l->out_height * l->out_width, l->order * l->out_channels);
     struct parts p = parts_of(l, variants[variant].lanes, packed);
+    p.rows = rows = rows ? (l->out_height + bands - 1) / bands : 0;
 #pragma omp parallel num_threads(threads)
     {
-        float *scratch = aligned_alloc(64, scratch_bytes(l, 0));
-        if (scratch) memset(scratch, 0, borders_bytes(l, 0));
-        else {
+        float *scratch = scratch_for(l, rows, 0);
+        if (!scratch) {
 #pragma omp atomic write
             failed = 1;
         }
@@ -343,27 +388,34 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
     int failed = 0, lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, outs = l->out_channels;
     int channels = planar_channels(l), row = rounded(channels, lanes);
     size_t in = floats(l->height * l->width, s * l->in_channels), out = floats(l->out_height * l->out_width, s * outs);
-    size_t planes = planes_of(l, lanes), each = padded(l->weights + planes + rounded(s * outs, lanes));
+    int apart = variants[variant].sums, rows = apart > 1 ? band_of(l, l->height, 1) : 0;
+    size_t products = l->weights + planes_of(l, lanes), each = padded(products * apart + rounded(s * outs, lanes));
     struct parts p = parts_of(l, lanes, packed);
+    p.rows = rows;
     float *sums = aligned_alloc(64, sizeof(float) * each * threads);
     if (!sums) return 1;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int t = 0; t < threads; t++) {
-        float *scratch = aligned_alloc(64, scratch_bytes(l, 1)), *own = sums + t * each;
+        float *scratch = scratch_for(l, rows, 1), *own = sums + t * each;
         memset(own, 0, sizeof(float) * each);
-        if (scratch) memset(scratch, 0, borders_bytes(l, 1));
-        else {
+        if (!scratch) {
 #pragma omp atomic write
             failed = 1;
         }
         for (int image = t; scratch && image < n; image += threads)
             variants[variant].backward(l, &p, x + image * in, gy + image * out, gx + image * in, own,
-                                       spatial ? own + l->weights : NULL, bias ? own + l->weights + planes : NULL,
+                                       spatial ? own + (size_t)l->weights * apart : NULL,
+                                       bias ? own + products * apart : NULL,
                                        scratch);
         free(scratch);
     }
     for (int t = 1; t < threads; t++)
         for (size_t i = 0; i < each; i++) sums[i] += sums[t * each + i];
+    for (size_t i = 0; i < products && apart > 1; i++) {
+        float sum = 0;
+        for (int j = 0; j < apart; j++) sum += sums[i * apart + j];
+        sums[i] = sum;
+    }
 #pragma omp parallel for num_threads(threads) if (l->weights > 1 << 16)
     for (int r = 0; r < l->rank; r++) {
         float *room = room_for_term(l);
@@ -387,7 +439,7 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
     }
     for (int o = 0; o < outs && bias; o++) {
         bias[o] = 0;
-        for (int n = 0; n < s; n++) bias[o] += sums[l->weights + planes + n * outs + o];
+        for (int n = 0; n < s; n++) bias[o] += sums[products * apart + n * outs + o];
     }
     free(sums);
     return failed;
