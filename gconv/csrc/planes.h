@@ -166,91 +166,115 @@ TARGET static void NAME(mix_planes_gradient)(const struct layer *l, const float 
     }
 }
 
-/* Some rows of a plane convolved with a kernel of size three: y[i][q] = or += sum over dy, dx of
- * w[dy][dx] x[i + dy][q + dx]. */
-INLINE TARGET void NAME(plane_three)(const float *x, int pitch, const vec *w, float *y, int width, int add,
-                                     const int rows)
+/* Which of eight values from the one with the number `at` on are in a row of `width`, as bits. */
+INLINE unsigned NAME(inside)(int at, int width)
 {
-    for (int q = 0; q < width; q += V) {
-        vec sums[8];
-        UNROLLED for (int i = 0; i < rows; i++)
-            sums[i] = add ? NAME(load_part)(y + floats(i, pitch) + q, width - q) : (vec){0};
-        UNROLLED for (int i = 0; i < rows + 2; i++)
+    int before = at < 0 ? -at : 0, beyond = at + V > width ? at + V - width : 0;
+    return before < V && beyond < V ? 255u << before & 255u >> beyond : 0;
+}
+
+/* Rows of planes convolved with a kernel: y[i][:columns] = or += sum over dy, dx of w[dy][dx] x[i + dy][dx:], of rows of
+ * `width` values of which x is that with the number -padding. */
+TARGET static void NAME(filter_three)(const float *x, int width, int padding, int pitch, const float *d, int next,
+                                      float *y, int columns, int rows, int add)
+{
+    vec w[9];
+    UNROLLED for (int n = 0; n < 9; n++, d += next) w[n] = *d - (vec){0};
+    for (int q = 0; q < columns; q += V) {
+        const float *from = x + q;
+        float *to = y + q;
+        unsigned masks[3], all = columns - q < V ? (1u << (columns - q)) - 1 : 255;
+        UNROLLED for (int dx = 0; dx < 3; dx++) masks[dx] = NAME(inside)(q + dx - padding, width);
+#define READ                                                                                                           \
+    vec read[3];                                                                                                       \
+    UNROLLED for (int dx = 0; dx < 3; dx++) read[dx] = (vec)LOAD_MASKED(masks[dx], from + dx);                         \
+    from += pitch
+        vec sums[3] = {{0}};
+        for (int i = 0; i < 2; i++) {
+            READ;
+            sums[0] = sums[1];
+            sums[1] = (vec){0};
             UNROLLED for (int dx = 0; dx < 3; dx++) {
-                vec here = NAME(load)(x + floats(i, pitch) + q + dx);
-                UNROLLED for (int dy = 0; dy < 3; dy++)
-                    if (i - dy >= 0 && i - dy < rows) sums[i - dy] += w[3 * dy + dx] * here;
+                if (i) sums[0] += w[3 + dx] * read[dx];
+                sums[1] += w[dx] * read[dx];
             }
-        UNROLLED for (int i = 0; i < rows; i++) NAME(store_part)(y + floats(i, pitch) + q, sums[i], width - q);
+        }
+        for (int i = 0; i < rows; i++, to += pitch) {
+            READ;
+            vec sum = sums[0];
+            sums[0] = sums[1];
+            sums[1] = (vec){0};
+            UNROLLED for (int dx = 0; dx < 3; dx++) {
+                sum += w[6 + dx] * read[dx];
+                sums[0] += w[3 + dx] * read[dx];
+                sums[1] += w[dx] * read[dx];
+            }
+            if (add) sum += (vec)LOAD_MASKED(all, to);
+            STORE_MASKED(to, all, sum);
+        }
+#undef READ
     }
 }
 
-/* All rows, with a kernel of any size; an entry of d is `next` values from the one before. */
-TARGET static void NAME(plane_filtered)(const float *x, int pitch, const float *d, int next, int k, float *y,
-                                        int width, int rows, int add)
+TARGET static void NAME(filter)(const float *x, int width, int padding, int pitch, const float *d, int next, int k,
+                                float *y, int columns, int rows, int add)
 {
     if (k == 3) {
-        vec w[9];
-        UNROLLED for (int n = 0; n < 9; n++) w[n] = d[n * next] - (vec){0};
-#define SOME(N)                                                                                                        \
-    for (; rows >= N; rows -= N, x += floats(N, pitch), y += floats(N, pitch))                                         \
-        NAME(plane_three)(x, pitch, w, y, width, add, N);
-        SOME(8)
-        SOME(4)
-        SOME(1)
-#undef SOME
+        NAME(filter_three)(x, width, padding, pitch, d, next, y, columns, rows, add);
         return;
     }
     for (int i = 0; i < rows; i++)
-        for (int q = 0; q < width; q += V) {
+        for (int q = 0; q < columns; q += V) {
             float *to = y + floats(i, pitch) + q;
-            vec sum = add ? NAME(load_part)(to, width - q) : (vec){0};
+            vec sum = add ? NAME(load_part)(to, columns - q) : (vec){0};
             for (int dy = 0; dy < k; dy++)
                 for (int dx = 0; dx < k; dx++)
-                    sum += d[(dy * k + dx) * next] * NAME(load)(x + floats(i + dy, pitch) + q + dx);
-            NAME(store_part)(to, sum, width - q);
+                    sum += d[(dy * k + dx) * next]
+                           * (vec)LOAD_MASKED(NAME(inside)(q + dx - padding, width), x + floats(i + dy, pitch) + q + dx);
+            NAME(store_part)(to, sum, columns - q);
         }
 }
 
-/* The gradient of a kernel of size three, of four rows or one: gd[dy][dx] += sum over i, q of t[i][q] x[i + dy][q + dx],
- * apart in the lanes. */
-INLINE TARGET void NAME(plane_taps)(const float *x, const float *t, int pitch, int width, vec *sums, const int rows)
+/* The gradient of a kernel: gd[dy][dx] += sum over i, q of t[i][:columns] x[i + dy][dx:], apart in the lanes; an entry of
+ * gd is `next` vectors from the one before. */
+TARGET static void NAME(filter_gradient_three)(const float *x, int width, int padding, int pitch, const float *t,
+                                               int columns, int rows, float *gd, int next)
 {
-    for (int q = 0; q < width; q += V) {
-        vec values[4];
-        UNROLLED for (int i = 0; i < rows; i++) values[i] = NAME(load_part)(t + floats(i, pitch) + q, width - q);
-        UNROLLED for (int i = 0; i < rows + 2; i++)
+    vec sums[9];
+    UNROLLED for (int y = 0; y < 9; y++) sums[y] = NAME(load)(gd + floats(y * next, V));
+    for (int q = 0; q < columns; q += V) {
+        const float *from = x + q, *with = t + q;
+        unsigned masks[3], all = columns - q < V ? (1u << (columns - q)) - 1 : 255;
+        UNROLLED for (int dx = 0; dx < 3; dx++) masks[dx] = NAME(inside)(q + dx - padding, width);
+        vec values[3] = {{0}};
+        for (int i = 0; i < rows + 2; i++, from += pitch, with += pitch) {
+            values[2] = values[1];
+            values[1] = values[0];
+            values[0] = i < rows ? (vec)LOAD_MASKED(all, with) : (vec){0};
             UNROLLED for (int dx = 0; dx < 3; dx++) {
-                vec here = NAME(load)(x + floats(i, pitch) + q + dx);
-                UNROLLED for (int n = 0; n < rows; n++)
-                    if (i - n >= 0 && i - n < 3) sums[3 * (i - n) + dx] += values[n] * here;
+                vec read = (vec)LOAD_MASKED(masks[dx], from + dx);
+                UNROLLED for (int dy = 0; dy < 3; dy++) sums[3 * dy + dx] += values[dy] * read;
             }
+        }
     }
+    UNROLLED for (int y = 0; y < 9; y++) NAME(store)(gd + floats(y * next, V), sums[y]);
 }
 
-/* Of one of any size; an entry of gd is `next` vectors from the one before. */
-TARGET static void NAME(plane_gradient)(const float *x, const float *t, int pitch, int k, int width, int rows,
-                                        float *gd, int next)
+TARGET static void NAME(filter_gradient)(const float *x, int width, int padding, int pitch, int k, const float *t,
+                                         int columns, int rows, float *gd, int next)
 {
     if (k == 3) {
-        vec sums[9];
-        int i = 0;
-        for (int y = 0; y < 9; y++) sums[y] = NAME(load)(gd + floats(y * next, V));
-        for (; i + 4 <= rows; i += 4)
-            NAME(plane_taps)(x + floats(i, pitch), t + floats(i, pitch), pitch, width, sums, 4);
-        for (; i < rows; i++) NAME(plane_taps)(x + floats(i, pitch), t + floats(i, pitch), pitch, width, sums, 1);
-        for (int y = 0; y < 9; y++) NAME(store)(gd + floats(y * next, V), sums[y]);
+        NAME(filter_gradient_three)(x, width, padding, pitch, t, columns, rows, gd, next);
         return;
     }
     for (int dy = 0; dy < k; dy++)
-        for (int dx = 0; dx < k; dx++) {
-            float *to = gd + floats((dy * k + dx) * next, V);
-            vec sum = NAME(load)(to);
+        for (int dx = 0; dx < k; dx++, gd += floats(next, V)) {
+            vec sum = NAME(load)(gd);
             for (int i = 0; i < rows; i++)
-                for (int q = 0; q < width; q += V)
-                    sum += NAME(load_part)(t + floats(i, pitch) + q, width - q)
-                           * NAME(load)(x + floats(i + dy, pitch) + q + dx);
-            NAME(store)(to, sum);
+                for (int q = 0; q < columns; q += V)
+                    sum += NAME(load_part)(t + floats(i, pitch) + q, columns - q)
+                           * (vec)LOAD_MASKED(NAME(inside)(q + dx - padding, width), x + floats(i + dy, pitch) + q + dx);
+            NAME(store)(gd, sum);
         }
 }
 
@@ -258,7 +282,7 @@ TARGET static void NAME(plane_gradient)(const float *x, const float *t, int pitc
 INLINE TARGET struct NAME(planes) NAME(take_planes)(float **scratch, const struct layer *l, int channels, int rows,
                                                     int top)
 {
-    struct NAME(planes) p = {.plane = plane_of(l, rows), .pitch = l->width + l->padding, .top = top};
+    struct NAME(planes) p = {.plane = plane_of(l, rows), .pitch = pitch_of(l), .top = top};
     p.at = NAME(take)(scratch, floats(channels, p.plane)) + margin_of(l);
     return p;
 }
@@ -295,7 +319,7 @@ TARGET static void NAME(forward_planes)(const struct layer *l, const struct part
     if (l->planar_first) {
         for (int r = 0; r < rank; r++)
             for (int i = 0; i < ci; i++)
-                NAME(plane_filtered)(NAME(reach)(&in, i, first, l->padding), pitch, p->planar + r * k * k * c + i, c,
+                NAME(filter)(NAME(reach)(&in, i, first, l->padding), l->width, l->padding, pitch, p->planar + r * k * k * c + i, c,
                                      k, made.at + floats(r * ci + i, plane), l->out_width, rows, 0);
         NAME(change_planes)(l, p->basis_back, made.at, plane, l->in_channels, rank, values);
         NAME(mix_planes)(l, p, 0, made.at, out.at, plane, values);
@@ -311,7 +335,7 @@ TARGET static void NAME(forward_planes)(const struct layer *l, const struct part
     for (int j = 0; j < co; j += V) {
         for (int i = j; i < co && i < j + V; i++)
             for (int r = 0; r < rank; r++)
-                NAME(plane_filtered)(NAME(reach)(&made, r * co + i, first, l->padding), pitch,
+                NAME(filter)(NAME(reach)(&made, r * co + i, first, l->padding), l->width, l->padding, pitch,
                                      p->planar + r * k * k * c + i, c, k, out.at + floats(i - j, plane), l->out_width,
                                      rows, r > 0);
         NAME(leave_planes)(out.at, plane, pitch, j, co, l->out_width, rows, &end);
@@ -350,9 +374,9 @@ TARGET static void NAME(backward_planes)(const struct layer *l, const struct par
                 const float *read = NAME(reach)(&g, i, first, border);
                 for (int r = 0; r < rank; r++) {
                     size_t own = floats(r * co + i, plane), kernel = (size_t)r * kk * c + i;
-                    NAME(plane_filtered)(read, pitch, p->planar_back + kernel, c, k, back.at + own, l->width,
+                    NAME(filter)(read, l->out_width, border, pitch, p->planar_back + kernel, c, k, back.at + own, l->width,
                                          last - first, 0);
-                    if (gd) NAME(plane_gradient)(read, made.at + own, pitch, k, l->width, last - first, gd + kernel * V, c);
+                    if (gd) NAME(filter_gradient)(read, l->out_width, border, pitch, k, made.at + own, l->width, last - first, gd + kernel * V, c);
                 }
             }
             NAME(change_planes)(l, p->basis_back, back.at, plane, l->out_channels, rank, values);
@@ -382,9 +406,9 @@ TARGET static void NAME(backward_planes)(const struct layer *l, const struct par
                 const float *read = NAME(reach)(&in, i, ready, l->padding);
                 for (int r = 0; r < rank; r++) {
                     size_t own = floats(r * ci + i, plane), kernel = (size_t)r * kk * c + i;
-                    NAME(plane_filtered)(read, pitch, p->planar + kernel, c, k, made.at + own, l->out_width, rows, 0);
+                    NAME(filter)(read, l->width, l->padding, pitch, p->planar + kernel, c, k, made.at + own, l->out_width, rows, 0);
                     if (gd)
-                        NAME(plane_gradient)(read, back.at + own + floats(ready - from, pitch), pitch, k, l->out_width,
+                        NAME(filter_gradient)(read, l->width, l->padding, pitch, k, back.at + own + floats(ready - from, pitch), l->out_width,
                                              rows, gd + kernel * V, c);
                 }
             }
@@ -395,7 +419,7 @@ TARGET static void NAME(backward_planes)(const struct layer *l, const struct par
         for (int j = 0; j < ci; j += V) {
             for (int i = j; i < ci && i < j + V; i++)
                 for (int r = 0; r < rank; r++)
-                    NAME(plane_filtered)(NAME(reach)(&back, r * ci + i, first, border), pitch,
+                    NAME(filter)(NAME(reach)(&back, r * ci + i, first, border), l->out_width, border, pitch,
                                          p->planar_back + (size_t)r * kk * c + i, c, k, made.at + floats(i - j, plane),
                                          l->width, last - first, r > 0);
             NAME(leave_planes)(made.at, plane, pitch, j, ci, l->width, last - first, &end);

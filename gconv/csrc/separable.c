@@ -98,16 +98,18 @@ static inline int batch_of(const struct layer *l)
 
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
-/* Of planes.h: the zeros before a plane's values, and all of a plane. */
+/* Of planes.h: from a row of a plane to the next one, the zeros before its values, and all of it. */
+static inline int pitch_of(const struct layer *l) { return l->width > l->out_width ? l->width : l->out_width; }
+
 static inline int margin_of(const struct layer *l)
 {
     int border = l->k - 1 - l->padding, most = border > l->padding ? border : l->padding;
-    return rounded(most * (l->width + l->padding + 1), SPARE);
+    return rounded(most * (pitch_of(l) + 1), SPARE);
 }
 
 static inline int plane_of(const struct layer *l, int rows)
 {
-    return (margin_of(l) + rounded(rows * (l->width + l->padding) + 8 + l->k, SPARE)) | SPARE;
+    return (margin_of(l) + rounded(rows * pitch_of(l) + 8 + l->k, SPARE)) | SPARE;
 }
 
 /* What becomes of what the filters give, and where: a bias [S O] and another map are added, if they are not NULL, and
@@ -312,7 +314,7 @@ static int planes_taken(const struct layer *l, int backward)
 /* How many rows a band of planes.h has, of `height`: few enough for its planes to stay in the second cache, and alike. */
 static int band_of(const struct layer *l, int height, int backward)
 {
-    int row = l->width + l->padding, most = BAND / planes_taken(l, backward), bands;
+    int row = pitch_of(l), most = BAND / planes_taken(l, backward), bands;
     most = (most - plane_of(l, 0)) / row - l->k + 1;
     bands = most < 1 ? height : (height + most - 1) / most;
     return (height + bands - 1) / bands;
