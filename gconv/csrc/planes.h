@@ -131,18 +131,18 @@ INLINE TARGET void NAME(products_tile)(const float *x, const float *g, int plane
                                        const int rows, const int cols)
 {
     vec sums[5][5];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < cols; j++) sums[i][j] = NAME(load)(gw + floats(i * ldw + j, V));
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int j = 0; j < cols; j++) sums[i][j] = NAME(load)(gw + floats(i * ldw + j, V));
     for (int t = 0; t < n; t += V) {
         vec values[5];
-        for (int j = 0; j < cols; j++) values[j] = NAME(load_part)(g + floats(j, plane) + t, n - t);
-        for (int i = 0; i < rows; i++) {
+        UNROLLED for (int j = 0; j < cols; j++) values[j] = NAME(load_part)(g + floats(j, plane) + t, n - t);
+        UNROLLED for (int i = 0; i < rows; i++) {
             vec value = NAME(load_part)(x + floats(i, plane) + t, n - t);
-            for (int j = 0; j < cols; j++) sums[i][j] += value * values[j];
+            UNROLLED for (int j = 0; j < cols; j++) sums[i][j] += value * values[j];
         }
     }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < cols; j++) NAME(store)(gw + floats(i * ldw + j, V), sums[i][j]);
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int j = 0; j < cols; j++) NAME(store)(gw + floats(i * ldw + j, V), sums[i][j]);
 }
 
 /* The gradient of a mix. */

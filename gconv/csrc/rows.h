@@ -54,25 +54,28 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
                               const int rows, const int cols)
 {
     vec sums[8][WIDE];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < cols; j++) sums[i][j] = (vec){0};
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int j = 0; j < cols; j++) sums[i][j] = (vec){0};
     for (int t = 0; t < depth; t++) {
         vec w[WIDE];
-        for (int j = 0; j < cols; j++) w[j] = NAME(load)(b + t * below + j * next);
-        for (int i = 0; i < rows; i++) {
+        UNROLLED for (int j = 0; j < cols; j++) w[j] = NAME(load)(b + t * below + j * next);
+        UNROLLED for (int i = 0; i < rows; i++) {
             float value = a[(size_t)i * across + (size_t)t * along];
-            for (int j = 0; j < cols; j++) sums[i][j] += value * w[j];
+            UNROLLED for (int j = 0; j < cols; j++) sums[i][j] += value * w[j];
         }
     }
     if (!add && !end && n >= cols * V) {
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < cols; j++) NAME(store)(c + (size_t)i * ldc + j * V, sums[i][j]);
+        UNROLLED for (int i = 0; i < rows; i++)
+            UNROLLED for (int j = 0; j < cols; j++) NAME(store)(c + (size_t)i * ldc + j * V, sums[i][j]);
         return;
     }
+    vec kept[8][WIDE]; /* in memory, which sums then need not be */
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int j = 0; j < cols; j++) kept[i][j] = sums[i][j];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < cols; j++) {
             float *to = c + (size_t)i * ldc + j * V;
-            vec value = add ? sums[i][j] + NAME(load_part)(to, n - j * V) : sums[i][j];
+            vec value = add ? kept[i][j] + NAME(load_part)(to, n - j * V) : kept[i][j];
             if (end) NAME(finished)(to, value, column + j * V, n - j * V, end);
             else NAME(store_part)(to, value, n - j * V);
         }
