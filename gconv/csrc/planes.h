@@ -316,6 +316,8 @@ TARGET static void NAME(forward_planes)(const struct layer *l, const struct part
     int plane = in.plane, pitch = in.pitch, rows = last - first, values = rows * pitch;
     if (first > 0) NAME(clear_below)(&in, ci, to - from, most);
     NAME(enter_planes)(x + floats(from * l->width, ci), ci, l->width, to - from, in.at, plane, pitch);
+    prefetch(end.y, floats(rows * l->out_width, co));
+    prefetch(x + floats(to * l->width, ci), floats((to - from) * l->width, ci));
     if (l->planar_first) {
         for (int r = 0; r < rank; r++)
             for (int i = 0; i < ci; i++)

@@ -368,7 +368,7 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (int task = 0; task < n * bands; task++) {
             int image = task / bands, band = task % bands;
             if (scratch)
@@ -404,7 +404,7 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
 #pragma omp atomic write
             failed = 1;
         }
-        for (int image = t; scratch && image < n; image += threads)
+        for (int image = n * t / threads; scratch && image < n * (t + 1) / threads; image++)
             variants[variant].backward(l, &p, x + image * in, gy + image * out, gx + image * in, own,
                                        spatial ? own + (size_t)l->weights * apart : NULL,
                                        bias ? own + products * apart : NULL,
