@@ -81,7 +81,8 @@ def option_at(layer: Layer, curve: Sequence[float], form: Form, rank: int, posit
 
     (On a map that shrinks to a point, mixing channels at every position costs more than the full filter at one.)
     """
-    default = SeparableGConv2d.default_execution(form, layer.group, layer.out_channels, layer.in_channels)
+    channels = layer.out_channels, layer.in_channels
+    default = SeparableGConv2d.default_execution(form, layer.group, *channels, layer.sampling.stride)
     counts = {way: executed_macs(layer, form, rank, way, positions) for way in (default, "dense")}
     execution = min(counts, key=counts.__getitem__)
     macs = counts[execution]

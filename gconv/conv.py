@@ -18,7 +18,7 @@ from .functional import relu as relu_of
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
-from .onepass import Kernel, Sizes, kernel_of, variants
+from .onepass import Kernel, Sizes, in_basis_pays, kernel_of, variants
 from .separable import FORMS, Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
@@ -384,8 +384,8 @@ class SeparableGConv2d(_GroupConv):
         execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"irrep"`` does so with the mix in
             the irreducible representations of the group (``gc`` and ``gc_in``); ``"dense"`` builds the full filter and
             runs as :class:`GConv2d` does. Same output to rounding. Default: the form's own, or ``"irrep"`` where the
-            form has it and the size is one at which that is the faster way (:meth:`gconv.mixing.Basis.pays`). On the
-            tensor cores of a GPU ``"irrep"`` mixes directly too.
+            form has it and the size is one at which that is the faster way. On the tensor cores of a GPU ``"irrep"``
+            mixes directly too, as it does under ``torch.compile`` where there are few channels.
     """
 
     _factors = ("mix", "spatial")
@@ -412,7 +412,8 @@ class SeparableGConv2d(_GroupConv):
         self.rank = rank
         self._basis = basis_of(find_group(group))
         if execution is None:
-            execution = self.default_execution(self.form, find_group(group), out_channels, in_channels)
+            (steps, _) = _square(1, "stride", stride)
+            execution = self.default_execution(self.form, find_group(group), out_channels, in_channels, steps)
         self.execution = check_execution(execution, self.form)
         super().__init__(
             in_channels,
@@ -428,12 +429,12 @@ class SeparableGConv2d(_GroupConv):
         )
 
     @staticmethod
-    def default_execution(form: Form, group: Group, out_channels: int, in_channels: int) -> Execution:
+    def default_execution(form: Form, group: Group, out_channels: int, in_channels: int, stride: int = 1) -> Execution:
         """How a layer of this form and size runs unless it is told."""
-        irrep = "irrep" in form.executions and basis_of(group).pays(
-            out_channels, in_channels, compiled=bool(variants())
-        )
-        return "irrep" if irrep else form.default_execution
+        pays = in_basis_pays(group, out_channels, in_channels, stride)
+        if pays is None:  # no kernel
+            pays = basis_of(group).pays(out_channels, in_channels)
+        return "irrep" if pays and "irrep" in form.executions else form.default_execution
 
     def _add_filter(self, like: dict[str, Any]) -> None:
         self.form.check_rank(self.rank, self.filter_shape)
@@ -467,7 +468,10 @@ class SeparableGConv2d(_GroupConv):
         if self.execution == "dense":
             return (self._expanded(self.weight, how.channels_last),)
         basis = self._basis_for(self.execution)
-        if basis is not None and not torch.compiler.is_compiling():
+        if basis is not None and torch.compiler.is_compiling():
+            # Without the compiled kernel they pay only where there are many channels.
+            basis = basis if basis.pays(self.out_channels, self.in_channels) else None
+        elif basis is not None:
             # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
             direct = on_tensor_cores(self.mix)
             basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)

@@ -26,10 +26,6 @@ It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 chann
 matrix products at every size; ``benchmarks/speed_layers.py`` measures what the rule gives.
 """
 
-_COMPILED = 3.2
-"""The same of the compiled kernel, for each element of the group: fitted so that a layer runs in this basis from 11
-channels on under p4 and from 8 under p4m, as narrower ones took as long or longer in it."""
-
 
 class Basis(NamedTuple):
     """The regular representation of a group in blocks (:mod:`gconv.irreps`), as float64 tensors on the CPU.
@@ -49,11 +45,10 @@ class Basis(NamedTuple):
         """Multiply-accumulates of a mix for each pair of channels, without the changes of basis."""
         return sum(n * m.shape[1] ** 2 for n, m in zip(self.copies, self.matrices, strict=True))
 
-    def pays(self, out_channels: int, in_channels: int, *, compiled: bool) -> bool:
-        """Whether a mix is faster in this basis than direct, by PyTorch's operations or with the compiled kernel."""
+    def pays(self, out_channels: int, in_channels: int) -> bool:
+        """Whether a mix by PyTorch's operations is faster in this basis than direct."""
         order, pairs = len(self.basis), out_channels * in_channels
-        change = _COMPILED * order if compiled else _OVERHEAD
-        return self.macs * pairs + change * order * (out_channels + in_channels) < order**2 * pairs
+        return self.macs * pairs + _OVERHEAD * order * (out_channels + in_channels) < order**2 * pairs
 
 
 @cache

@@ -1,8 +1,9 @@
 """The forms ``gc`` and ``gc_in`` by a compiled kernel: mix and planar kernels in one pass over the maps.
 
-One after the other, on whole maps, the two are a matter of memory. ``csrc/separable.c`` takes an image row by row, so
-that what lies between them stays in the cache, forward and backward. It is for maps on a CPU, in single precision and
-as the layers give them; everywhere else the operations of PyTorch do the same (:meth:`gconv.separable.Form.run`).
+One after the other, on whole maps, the two are a matter of memory. ``csrc/separable.c`` takes an image by rows, or by
+bands of rows where channels are few, so that what lies between them stays in the cache, forward and backward. It is for
+maps on a CPU, in single precision and as the layers give them; everywhere else the operations of PyTorch do the same
+(:meth:`gconv.separable.Form.run`).
 
 A small layer is over in a fraction of a millisecond, in which few operations of PyTorch can be called. So the kernel is
 given a layer's parameters as they are and gives back their gradients, and what it needs to know of a layer's size is
@@ -12,7 +13,6 @@ made once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from .compiled import address, call, compiled, library, takes
 from .errors import InputError
 from .functional import Sampling, Tables, from_group_major, lies_grouped, new_grouped, to_group_major
 from .groups import Group
-from .mixing import basis_of, basis_on, regular
+from .mixing import Basis, basis_of, basis_on, regular
 from .separable import FORMS, FilterShape
 
 MOST_K, MOST_ORDER = 15, 8  # as in csrc/separable.c
@@ -44,7 +44,10 @@ class _Layer(ctypes.Structure):
 
 @cache
 def variants() -> dict[int, int]:
-    """The versions that run on this processor, by number, the best first; and how many floats their vectors have."""
+    """The versions that run on this processor, by number; and to a multiple of what each of them rounds channels up.
+
+    That is the number of floats a vector, or 1 of :data:`PLANES`. Of the others the best comes first.
+    """
     if library() is None:
         return {}
     found: dict[int, int] = {}
@@ -222,22 +225,21 @@ class Kernel:
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant: int | None = None) -> Kernel | None:
-    """The kernel for layers of a size, by default the best version here; None where it cannot run any.
+def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kernel | None:
+    """The kernel for layers of a size, in the version that is best for it; None where none can run.
 
     Args:
         group: of the layer.
         sizes: of the layer.
         in_basis: whether its mix is to be in the irreducible representations of the group.
         biased: whether it has a bias.
-        variant: one of :func:`variants`.
     """
     s, i, o, rank, planar_first, k, _, padding, dilation = sizes
-    if not (variants() and dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
+    works = _works(group, sizes, in_basis)
+    if not (works and dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
         return None
-    basis, copies, kinds = basis_of(group) if in_basis else regular(group)
-    if variant is None:
-        variant = _best(sizes, in_basis, copies, [kind.shape[1] for kind in kinds])
+    variant = min(works, key=works.__getitem__)
+    basis, copies, kinds = _basis(group, in_basis)
     lanes = variants()[variant]
     products = []
     packed = packed_back = matrices = 0
@@ -265,28 +267,51 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant:
     return Kernel(group, sizes, in_basis, biased, variant, table, flat, basis, pixels, packed, packed_back)
 
 
-def _best(sizes: Sizes, in_basis: bool, copies: Sequence[int], blocks: Sequence[int]) -> int:
-    """The version for a layer: that with the longest vectors, unless too much of these would be empty."""
-    first, *others = variants()
-    if (first, *others[:2]) != (_PLANES, _WIDE, _NARROW):
-        return first
-    s, i, o, *_ = sizes
-    if _FORCE is not None: return _FORCE
+def in_basis_pays(group: Group, out_channels: int, in_channels: int, stride: int) -> bool | None:
+    """Whether the kernel runs layers of a size faster with the mix in the irreducible representations of the group.
 
-    def values(lanes: int) -> int:
-        """As many as the vectors of a pass have, empty ones counted."""
-        changes = in_basis * s * s * (_rounded(i, lanes) + _rounded(o, lanes))
-        return changes + sum(n * d * i * _rounded(d * o, lanes) for n, d in zip(copies, blocks, strict=True))
-
-    return _NARROW if values(8) < _MUCH * values(16) else _WIDE
+    None where there is no kernel.
+    """
+    sizes = Sizes(group.order, in_channels, out_channels, 1, False, 3, stride, 0, 1)
+    direct, turned = (_works(group, sizes, in_basis).values() for in_basis in (False, True))
+    return min(turned) < min(direct) if direct else None
 
 
-_FORCE = None
-_PLANES, _WIDE, _NARROW = 0, 1, 2
-"""The versions for one instruction set, with vectors of sixteen and of eight."""
+def _basis(group: Group, in_basis: bool) -> Basis:
+    return basis_of(group) if in_basis else regular(group)
 
-_MUCH = 0.85
-"""Vectors of eight take more instructions. Fitted to times of p4 and p4m layers of 2 to 48 channels on two cores."""
+
+def _works(group: Group, sizes: Sizes, in_basis: bool) -> dict[int, float]:
+    """By the versions that come into question for a layer, how many multiply-accumulates a position they are worth.
+
+    Counted are those of mixes and of changes of basis, with those that vectors do for nothing where they are part
+    empty. What else there is, such as turning maps into planes, is put in the same terms by constants, fitted to times
+    of p2, pmm, p4 and p4m layers of 2 to 48 channels on two cores; what is alike in all versions is left out.
+    """
+    s, i, o, rank, planar_first, _, stride, *_ = sizes
+    basis = _basis(group, in_basis)
+    changed = (rank * i, o) if planar_first else (i, rank * o)
+    works = {}
+    for variant, lanes in variants().items():
+        sizes_of = ((n, matrices.shape[1]) for n, matrices in zip(basis.copies, basis.matrices, strict=True))
+        mix = rank * sum(n * d * i * _rounded(d * o, lanes) for n, d in sizes_of)
+        values = s * in_basis * sum(_rounded(channels, lanes) for channels in changed)
+        if variant != PLANES:
+            works[variant] = mix + (s + _ROWS_CHANGE) * values
+            break
+        planes = s * (i + o + 2 * rank * (i if planar_first else o))
+        if stride == 1 and planes <= _MOST_PLANES:
+            works[variant] = _PLANES_MIX * mix + (s + _PLANES_CHANGE) * values + _TURN * s * (i + o)
+    return works
+
+
+PLANES = 0
+"""The version for few channels, with a plane of each: its vectors are of neighbouring positions."""
+
+_ROWS_CHANGE, _PLANES_CHANGE, _PLANES_MIX, _TURN = 2.75, 0.75, 1.2, 3.5
+
+_MOST_PLANES = 512
+"""With more, bands of rows that stay in the cache are too low."""
 
 
 @lru_cache(maxsize=4096)

@@ -1,150 +1,22 @@
-/* The kernels of separable.c for one instruction set: NAME(x) is the name of x there, TARGET the attribute of its
- * functions, V the floats a vector, REGISTERS how many vectors it holds, WIDE the most vectors in a row of a tile of a
- * matrix product, LOAD_MASKED and STORE_MASKED how parts of vectors are loaded and stored, where it can. */
+/* The kernels of separable.c row by row, with vectors of neighbouring channels: what lies between mix and planar kernels
+ * stays in the first caches. */
 
-typedef float NAME(vec) __attribute__((vector_size(4 * V), aligned(4)));
-typedef int NAME(ints) __attribute__((vector_size(4 * V)));
-#define vec NAME(vec)
-#define ROUNDED(n) rounded(n, V)
+#include "vectors.h"
 
-INLINE TARGET vec NAME(load)(const float *from) { return *(const vec *)from; }
-
-INLINE TARGET void NAME(store)(float *to, vec value) { *(vec *)to = value; }
-
-/* The first n values, and zeros. */
-INLINE TARGET vec NAME(load_part)(const float *from, int n)
-{
-    if (n >= V) return NAME(load)(from);
-#ifdef LOAD_MASKED
-    return (vec)LOAD_MASKED((1u << n) - 1, from);
-#else
-    vec value = {0};
-    for (int i = 0; i < n; i++) value[i] = from[i];
-    return value;
-#endif
-}
-
-INLINE TARGET void NAME(store_part)(float *to, vec value, int n)
-{
-    if (n >= V) {
-        NAME(store)(to, value);
-        return;
-    }
-#ifdef STORE_MASKED
-    STORE_MASKED(to, (1u << n) - 1, value);
-#else
-    for (int i = 0; i < n; i++) to[i] = value[i];
-#endif
-}
-
-/* A value of the output, which begins at end->y: with the bias of its column, another map and ReLU, as asked. */
-INLINE TARGET void NAME(finished)(float *to, vec value, int column, int n, const struct ending *end)
-{
-    if (end->bias) value += NAME(load_part)(end->bias + column, n);
-    if (end->more) value += NAME(load_part)(end->more + (to - end->y), n);
-    if (end->relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
-    NAME(store_part)(to, value, n);
-}
-
-/* c[i][:n] = or += sum over t < depth of a[i across + t along] b[t][:n], for i < rows and n up to cols vectors.
- * A vector of b is `next` values from the one before, a row `below` values from the one above. If `end` is given, c is
- * the output from its column `column` on. */
-INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                              int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
-                              const int rows, const int cols)
-{
-    vec sums[8][WIDE];
-    UNROLLED for (int i = 0; i < rows; i++)
-        UNROLLED for (int j = 0; j < cols; j++) sums[i][j] = (vec){0};
-    for (int t = 0; t < depth; t++) {
-        vec w[WIDE];
-        UNROLLED for (int j = 0; j < cols; j++) w[j] = NAME(load)(b + t * below + j * next);
-        UNROLLED for (int i = 0; i < rows; i++) {
-            float value = a[(size_t)i * across + (size_t)t * along];
-            UNROLLED for (int j = 0; j < cols; j++) sums[i][j] += value * w[j];
-        }
-    }
-    if (!add && !end && n >= cols * V) {
-        UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int j = 0; j < cols; j++) NAME(store)(c + (size_t)i * ldc + j * V, sums[i][j]);
-        return;
-    }
-    vec kept[8][WIDE]; /* in memory, which sums then need not be */
-    UNROLLED for (int i = 0; i < rows; i++)
-        UNROLLED for (int j = 0; j < cols; j++) kept[i][j] = sums[i][j];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < cols; j++) {
-            float *to = c + (size_t)i * ldc + j * V;
-            vec value = add ? kept[i][j] + NAME(load_part)(to, n - j * V) : kept[i][j];
-            if (end) NAME(finished)(to, value, column + j * V, n - j * V, end);
-            else NAME(store_part)(to, value, n - j * V);
-        }
-}
-
-/* The same for any number of rows: tiles as tall as the registers allow, and one of what is left. */
-INLINE TARGET void NAME(strip)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                               int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
-                               int rows, const int cols)
-{
-    const int most = (REGISTERS - 1 - cols) / cols, tall = most < 8 ? most : 8;
-    while (rows) {
-#define TILE(R)                                                                                                        \
-    case R:                                                                                                            \
-        if (R <= tall) NAME(tile)(a, across, along, b, below, next, depth, c, ldc, n, add, column, end, R, cols);      \
-        break
-        int some = rows < tall ? rows : tall;
-        switch (some) {
-            TILE(1);
-            TILE(2);
-            TILE(3);
-            TILE(4);
-            TILE(5);
-            TILE(6);
-            TILE(7);
-            TILE(8);
-        }
-#undef TILE
-        a += (size_t)some * across, c += (size_t)some * ldc, rows -= some;
-    }
-}
-
-/* And for any n. */
-TARGET static void NAME(product)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                                 int depth, float *c, int ldc, int n, int add, const struct ending *end, int rows)
-{
-    int column = 0;
-    while (n > 0) {
-        int left = (n + V - 1) / V, cols = left <= WIDE ? left : left < 2 * WIDE ? (left + 1) / 2 : WIDE;
-#define STRIP(C)                                                                                                       \
-    case C:                                                                                                            \
-        if (C <= WIDE) NAME(strip)(a, across, along, b, below, next, depth, c, ldc, n, add, column, end, rows, C);     \
-        break
-        switch (cols) {
-            STRIP(1);
-            STRIP(2);
-            STRIP(3);
-            STRIP(4);
-            STRIP(5);
-        }
-#undef STRIP
-        b += cols * next, c += cols * V, n -= cols * V, column += cols * V;
-    }
-}
-
-/* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c], of which one t or s is `apart` values from the one before. */
+/* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c] */
 INLINE TARGET void NAME(change_of)(const float *change, const int s, const float *x, int ldx, float *y, int ldy, int c,
-                                   int apart, int positions)
+                                   int positions)
 {
     for (int p = 0; p < positions; p++)
         for (int j = 0; j < c; j += V) {
             const float *from = x + floats(p, ldx) + j;
             float *to = y + floats(p, ldy) + j;
             vec in[MOST_ORDER];
-            for (int t = 0; t < s; t++) in[t] = NAME(load_part)(from + floats(t, apart), c - j);
+            for (int t = 0; t < s; t++) in[t] = NAME(load_part)(from + t * c, c - j);
             for (int r = 0; r < s; r++) {
                 vec sum = change[r * s] * in[0];
                 for (int t = 1; t < s; t++) sum += change[r * s + t] * in[t];
-                NAME(store_part)(to + floats(r, apart), sum, c - j);
+                NAME(store_part)(to + r * c, sum, c - j);
             }
         }
 }
@@ -153,9 +25,9 @@ TARGET static void NAME(change)(const float *change, int s, const float *x, int 
                                 int positions)
 {
     for (int r = 0; r < rank; r++, x += s * c, y += s * c)
-        if (s == 8) NAME(change_of)(change, 8, x, ldx, y, ldy, c, c, positions);
-        else if (s == 4) NAME(change_of)(change, 4, x, ldx, y, ldy, c, c, positions);
-        else NAME(change_of)(change, s, x, ldx, y, ldy, c, c, positions);
+        if (s == 8) NAME(change_of)(change, 8, x, ldx, y, ldy, c, positions);
+        else if (s == 4) NAME(change_of)(change, 4, x, ldx, y, ldy, c, positions);
+        else NAME(change_of)(change, s, x, ldx, y, ldy, c, positions);
 }
 
 /* The rows of a kernel that meet one of the map, moved together; `planes` are theirs of the kernel. */
@@ -347,23 +219,6 @@ TARGET static void NAME(finish)(const float *x, int ld, int c, int positions, co
             NAME(finished)(end->y + floats(p, c) + j, NAME(load)(x + floats(p, ld) + j), j, c - j, end);
 }
 
-/* The gradient of the bias: gb[:c] += sum over positions of x. */
-INLINE TARGET void NAME(add_up)(const float *x, int c, int positions, float *gb)
-{
-    for (int j = 0; j < c; j += V) {
-        vec sum = NAME(load)(gb + j);
-        for (int p = 0; p < positions; p++) sum += NAME(load_part)(x + floats(p, c) + j, c - j);
-        NAME(store)(gb + j, sum);
-    }
-}
-
-INLINE float *NAME(take)(float **scratch, size_t size)
-{
-    float *taken = *scratch;
-    *scratch += (size + SPARE - 1) / SPARE * SPARE;
-    return taken;
-}
-
 /* Output rows `first` to `last` - 1 of one image. */
 TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *more,
                                  int relu, float *y, int first, int last, float *scratch)
@@ -513,17 +368,4 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
     }
 }
 
-#ifdef PLANES
-#include "planes.h"
-#endif
-
-#undef vec
-#undef ROUNDED
-#undef NAME
-#undef TARGET
-#undef V
-#undef REGISTERS
-#undef WIDE
-#undef PLANES
-#undef LOAD_MASKED
-#undef STORE_MASKED
+#include "undefine.h"

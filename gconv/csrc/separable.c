@@ -142,15 +142,14 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define STORE_MASKED(to, mask, value) _mm512_mask_storeu_ps(to, (__mmask16)(mask), (__m512)(value))
 #include "rows.h"
 
-#define NAME(x) x##_narrow
+#define NAME(x) x##_planes
 #define TARGET AVX512
 #define V 8
 #define REGISTERS 32
 #define WIDE 5
-#define PLANES
 #define LOAD_MASKED(mask, from) _mm256_maskz_loadu_ps((__mmask8)(mask), from)
 #define STORE_MASKED(to, mask, value) _mm256_mask_storeu_ps(to, (__mmask8)(mask), (__m256)(value))
-#include "rows.h"
+#include "planes.h"
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
@@ -169,9 +168,8 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 
 static const struct { int lanes, sums; forward_rows *forward; backward_image *backward; } variants[] = {
 #if defined(__x86_64__)
-    {1, 8, forward_planes_narrow, backward_planes_narrow},
+    {1, 8, forward_planes, backward_planes},
     {16, 1, forward_avx512, backward_avx512},
-    {8, 1, forward_narrow, backward_narrow},
     {8, 1, forward_avx2, backward_avx2},
 #endif
     {4, 1, forward_any, backward_any},
@@ -184,10 +182,10 @@ int gconv_lanes(int variant)
     int lanes = variants[variant].lanes;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (variant < 3 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+    if (variant < 2 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
                          && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")))
         return 0;
-    if (variant == 3 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
+    if (variant == 2 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
 #endif
     return lanes;
 }
