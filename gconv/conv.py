@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import cache
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -18,7 +17,7 @@ from .functional import relu as relu_of
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
-from .onepass import Kernel, Sizes, in_basis_pays, kernel_of, variants
+from .onepass import Kernel, Sizes, in_basis_pays, kernel_of, mixes_pay
 from .separable import FORMS, Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
@@ -216,7 +215,7 @@ class _GroupConv(nn.Module, ABC):
     def mixes(self) -> bool:
         """Whether the compiled kernel, where it is, is to run the whole filter as mixes of pixels; see GConv2d."""
         whole = self.execution == "dense" and not self._lifting
-        return whole and bool(variants()) and _pays(self.filter_shape, self.group)
+        return whole and mixes_pay(self.group, self.filter_shape)
 
     def _kernel(self) -> Kernel | None:
         """The compiled kernel, where it is to run this layer."""
@@ -362,14 +361,6 @@ class GConv2d(_FullConv):
 
 
 _PIXELS = FORMS["gc_in"]
-
-
-@cache
-def _pays(shape: FilterShape, group: Group) -> bool:
-    """Whether mixes of pixels have less than half the multiply-accumulates of the expanded filter."""
-    o, i, s, k = shape
-    mix, planar = _PIXELS.macs_by_map(shape, k * k, basis_of(group))
-    return mix + planar < o * i * s * s * k * k / 2
 
 
 class SeparableGConv2d(_GroupConv):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,10 +63,11 @@ def basis_of(group: Group) -> Basis:
 @cache
 def regular(group: Group) -> Basis:
     """Direct mixing in the same terms: the regular representation as it is, one block of size S."""
-    seen = torch.from_numpy(group.relative_table().copy())
-    elements = torch.arange(group.order)
-    one = torch.eye(group.order, dtype=torch.float64)
-    return Basis(one, (1,), ((seen == elements.view(-1, 1, 1)).double(),))
+    elements = np.arange(group.order).reshape(-1, 1, 1)
+    seen = torch.from_numpy((group.relative_table() == elements).astype(np.float64))
+    return Basis(
+        torch.from_numpy(np.eye(group.order)), (1,), (seen,)
+    )  # from NumPy: PyTorch may be set to another device
 
 
 @cache

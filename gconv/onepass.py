@@ -108,6 +108,7 @@ class Kernel:
         in_basis: whether the mix is in the irreducible representations of the group.
         biased: whether there is a bias.
         variant: which version of the kernel.
+        lanes: to a multiple of what that rounds channels up.
         table: ``[P, 12]``, the matrix products of the mix, each a :class:`_Product`.
         matrices: what the products are made from: for every kind of block ``[S, d, d]``, one after the other.
         basis: ``[S, S]``.
@@ -121,6 +122,7 @@ class Kernel:
     in_basis: bool
     biased: bool
     variant: int
+    lanes: int
     table: Tensor
     matrices: Tensor
     basis: Tensor
@@ -140,12 +142,12 @@ class Kernel:
         """How many values the packed planar kernels have."""
         sizes = self.sizes
         channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
-        return sizes.rank * sizes.k**2 * _rounded(channels, variants()[self.variant])
+        return sizes.rank * sizes.k**2 * _rounded(channels, self.lanes)
 
     @property
     def biases(self) -> int:
         """How many the packed bias has."""
-        return _rounded(self.sizes.order * self.sizes.out_channels, variants()[self.variant])
+        return _rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
 
     def takes(self, x: Tensor) -> bool:
         """Whether it runs on this map, which :func:`gconv.compiled.takes` takes."""
@@ -264,7 +266,7 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
     table = torch.tensor(products, dtype=torch.int32)
     flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
     pixels = torch.tensor(group.pixel_table(k), dtype=torch.int32)
-    return Kernel(group, sizes, in_basis, biased, variant, table, flat, basis, pixels, packed, packed_back)
+    return Kernel(group, sizes, in_basis, biased, variant, lanes, table, flat, basis, pixels, packed, packed_back)
 
 
 def in_basis_pays(group: Group, out_channels: int, in_channels: int, stride: int) -> bool | None:
@@ -275,6 +277,20 @@ def in_basis_pays(group: Group, out_channels: int, in_channels: int, stride: int
     sizes = Sizes(group.order, in_channels, out_channels, 1, False, 3, stride, 0, 1)
     direct, turned = (_works(group, sizes, in_basis).values() for in_basis in (False, True))
     return min(turned) < min(direct) if direct else None
+
+
+def mixes_pay(group: Group, shape: FilterShape) -> bool:
+    """Whether the kernel is there, and full filters as mixes of pixels, of a form ``gc_in`` of rank k k, pay in it.
+
+    They do where these have less than half the multiply-accumulates of the expanded filter.
+    """
+    return bool(variants()) and _half(group, shape)
+
+
+@cache
+def _half(group: Group, shape: FilterShape) -> bool:
+    o, i, s, k = shape
+    return sum(FORMS["gc_in"].macs_by_map(shape, k * k, basis_of(group))) < o * i * s * s * k * k / 2
 
 
 def _basis(group: Group, in_basis: bool) -> Basis:

@@ -41,16 +41,15 @@ def only(monkeypatch):
         left = {} if version is None else {version: onepass.variants()[version]}
         onepass.kernel_of.cache_clear()
         monkeypatch.setattr(onepass, "variants", lambda: left)
-        if version is None:
-            monkeypatch.setattr("gconv.conv.variants", lambda: {})
+        monkeypatch.setattr(onepass, "_MOST_PLANES", 10**6)
 
     yield leave
     onepass.kernel_of.cache_clear()
 
 
 @st.composite
-def drawn(draw, form):
-    """A layer of any group, size, rank and sampling, a map for it, and one of the output's shape."""
+def drawn(draw, form, version):
+    """A layer of any group, size, rank and sampling, and a map for it."""
     name, k = draw(st.sampled_from(GROUPS)), draw(st.integers(1, 5))
     o, i = draw(st.integers(1, 9)), draw(st.integers(2 if name == "z2" else 1, 9))
     order = group(name).order
@@ -58,7 +57,7 @@ def drawn(draw, form):
         i,
         o,
         k,
-        stride=draw(st.integers(1, 3)),
+        stride=draw(st.integers(1, 1 if version == onepass.PLANES else 3)),
         padding=draw(st.integers(0, k - 1)),
         bias=draw(st.booleans()),
         group=name,
@@ -111,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(only, version, form):
     @settings(max_examples=40, deadline=None)
     @given(data=st.data())
     def check(data):
-        layer, x = data.draw(drawn(form))
+        layer, x = data.draw(drawn(form, version))
         y = as_defined(layer, x)
         with torch.no_grad():
             more = channels_last(torch.randn_like(to_group_major(y)))
@@ -127,6 +126,30 @@ def test_outputs_and_gradients_are_those_of_the_definition(only, version, form):
 
 @built
 @versions
+@forms
+@pytest.mark.parametrize(("k", "padding"), [(3, 0), (3, 1), (3, 2), (4, 1), (1, 0)])
+def test_maps_larger_than_a_cache(only, version, form, k, padding):
+    only(version)
+    torch.manual_seed(0)
+    layer = SeparableGConv2d(5, 6, k, padding=padding, group="p4", form=form, rank=1 if k == 1 else 2)
+    for height, width in ((131, 90), (7, 1500)):
+        x = from_group_major(channels_last(torch.randn(2, 20, height, width)), 4)
+        y = as_defined(layer, x)
+        with torch.no_grad():  # an image by two threads
+            torch.testing.assert_close(layer.eval()(x[:1]), y[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(onepass.PLANES not in onepass.variants(), reason="this processor has no AVX-512")
+def test_planes_are_for_few_channels():
+    def version(channels, on="p4", **more):
+        return SeparableGConv2d(channels, channels, 3, group=on, form="gc", **more)._kernel().variant
+
+    assert version(10) == version(8, "p4m") == version(20, "pm") == onepass.PLANES
+    assert onepass.PLANES not in (version(64), version(28, "p4m"), version(10, stride=2), version(12, rank=9))
+
+
+@built
+@versions
 def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
     only(version)
     monkeypatch.setattr(GConv2d, "mixes", True)  # of any size
@@ -135,7 +158,8 @@ def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
     @given(data=st.data())
     def check(data):
         name, k = data.draw(st.sampled_from(GROUPS)), data.draw(st.integers(1, 4))
-        o, i, stride = (data.draw(st.integers(low, 4)) for low in (1, 2, 1))
+        o, i = (data.draw(st.integers(low, 4)) for low in (1, 2))
+        stride = data.draw(st.integers(1, 1 if version == onepass.PLANES else 4))
         padding, bias = data.draw(st.integers(0, k - 1)), data.draw(st.booleans())
         layer = GConv2d(i, o, k, stride=stride, padding=padding, bias=bias, group=name)
         side = data.draw(st.integers(k, 9))

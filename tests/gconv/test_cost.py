@@ -111,7 +111,7 @@ def test_by_default_g_networks_run_dense():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on", ["p2", "p4", "p4m"])
 def test_each_layer_of_a_separable_cnn(monkeypatch, on, form, execution):
-    monkeypatch.setattr("gconv.conv.variants", lambda: {})  # or small layers would run in irreps
+    monkeypatch.setattr("gconv.onepass.variants", lambda: {})  # or small layers would run in irreps
     w, s = 3, group(on).order
     rows = cost(create_model("p4cnn", group=on, width=w, separable=form), (1, 28, 28), execution=execution).layers
     assert [row.name for row in rows] == [f"{kind}{i}" for i in range(1, 8) for kind in ("conv", "bn")] + ["fc"]

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from gconv import GROUPS, SeparableGConv2d, gconv2d, group
 from gconv.functional import from_group_major, is_channels_last
-from gconv.mixing import basis_of
+from gconv.mixing import basis_of, regular
+from gconv.onepass import PLANES, in_basis_pays, variants
 
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
@@ -60,21 +61,35 @@ def test_the_change_of_basis_pays_where_there_are_many_channels():
     p4, p4m = basis_of(group("p4")), basis_of(group("p4m"))
     assert (p4.macs, p4m.macs) == (6, 12)
     for basis, few, many in ((p4, 64, 96), (p4m, 28, 32)):
-        assert not basis.pays(few, few, compiled=False)
-        assert basis.pays(many, many, compiled=False)
-    for on, least in (("p4", 11), ("p4m", 8)):  # as README says
-        assert [n for n in range(2, 100) if basis_of(group(on)).pays(n, n, compiled=True)] == [*range(least, 100)]
-    assert not basis_of(group("z2")).pays(10**6, 10**6, compiled=True)  # there is nothing to gain
+        assert not basis.pays(few, few)
+        assert basis.pays(many, many)
+    assert not basis_of(group("z2")).pays(10**6, 10**6)  # there is nothing to gain
+
+
+@pytest.mark.skipif(PLANES not in variants(), reason="this processor has no AVX-512")
+@pytest.mark.parametrize(("stride", "p4", "p4m"), [(1, 5, 3), (2, 10, 8)])
+def test_in_the_kernel_it_pays_where_there_are_few(stride, p4, p4m):
+    for on, least in (("p4", p4), ("p4m", p4m)):  # as README says
+        assert [n for n in range(2, 100) if in_basis_pays(group(on), n, n, stride)] == [*range(least, 100)]
+    assert not in_basis_pays(group("z2"), 10**6, 10**6, stride)
 
 
 @forms
 @pytest.mark.parametrize("compiled", [False, True])
 def test_layers_run_in_irreps_by_default_where_that_is_faster(monkeypatch, form, compiled):
     """With the compiled kernel also small ones."""
-    monkeypatch.setattr("gconv.conv.variants", lambda: {0: 4} if compiled else {})
+    monkeypatch.setattr("gconv.onepass.variants", lambda: {1: 4} if compiled else {})
     made = {n: SeparableGConv2d(n, n, 3, group="p4m", form=form) for n in (1, 8, 64)}
     few = "irrep" if compiled else "factorized"
     assert {n: layer.execution for n, layer in made.items()} == {1: "factorized", 8: few, 64: "irrep"}
+
+
+@pytest.mark.parametrize("of", [basis_of, regular])
+def test_a_basis_is_on_the_cpu_whatever_the_default_device_is(of):
+    of.cache_clear()
+    with torch.device("meta"):
+        basis = of(group("p4"))
+    assert {t.device.type for t in (basis.basis, *basis.matrices)} == {"cpu"}
 
 
 @forms
