@@ -1,7 +1,7 @@
-/* The kernels of separable.c with a plane for each channel, for layers of few channels and stride one. Vectors hold eight
- * neighbours of a row: none is half empty because a row or a block of a matrix has few channels, and what is shared among
- * the channels is read as scalars. Channels-last maps are turned as they are read and as they are written. An image is
- * done in bands of rows, whose planes stay in the second cache.
+/* The kernels of separable.c with a plane for each channel, for layers of few channels and stride one. Vectors hold
+ * eight neighbouring positions, so none is part empty because a block of a matrix has few channels: products in the
+ * irreducible representations cost what they should. Channels-last maps are turned as they are read and as they are
+ * written. An image is done in bands of rows, whose planes stay in the second cache.
  *
  * Where the kernel reads beyond the sides of a map, vectors are masked. Above and below there are rows of zeros; they,
  * and what a row has more than the map, are zeros at first and stay so. */
@@ -46,7 +46,7 @@ INLINE TARGET void NAME(turn)(vec *v)
     }
 }
 
-/* Rows x [rows][width][c] of a channels-last map into planes. Behind them are zeros then, as far as a vector reaches. */
+/* Rows x [rows][width][c] of a channels-last map into planes. Behind them are zeros then, as far as a vector goes. */
 TARGET static void NAME(enter)(const float *x, int c, int width, int rows, float *planes, int plane, int pitch)
 {
     if (width == pitch) width *= rows, rows = 1;
@@ -122,8 +122,8 @@ TARGET static void NAME(change)(const struct layer *l, const float *change, floa
 }
 
 /* The matrix products of a mix; `back` as gradients are. */
-TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int back, const float *x, float *y, int plane,
-                             int values)
+TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int back, const float *x, float *y,
+                             int plane, int values)
 {
     for (int i = 0; i < l->products; i++) {
         const int *t = l->table + ENTRIES * i;
@@ -225,13 +225,15 @@ TARGET static void NAME(filter)(const struct NAME(window) *w, const float *x, co
         }
 }
 
-/* The gradient of three neighbouring entries of rows of a kernel of size three, or of one entry of another. */
+/* The gradient of `high` times `wide` entries of a kernel, the first of them with the number `first` in its row: of all
+ * nine, or of one. */
 INLINE TARGET void NAME(taps)(const struct NAME(window) *w, const float *x, int first, const float *t, float *gd,
                               const int high, const int wide)
 {
+    int row = w->k * w->next;
     vec sums[3][3];
     UNROLLED for (int dy = 0; dy < high; dy++)
-        UNROLLED for (int dx = 0; dx < wide; dx++) sums[dy][dx] = NAME(load)(gd + floats((dy * w->k + dx) * w->next, V));
+        UNROLLED for (int dx = 0; dx < wide; dx++) sums[dy][dx] = NAME(load)(gd + floats(dy * row + dx * w->next, V));
     for (int q = 0; q < w->columns; q += V) {
         const float *from = x + q, *with = t + q;
         unsigned masks[3], all = NAME(inside)(q, w->columns);
@@ -247,7 +249,7 @@ INLINE TARGET void NAME(taps)(const struct NAME(window) *w, const float *x, int 
         }
     }
     UNROLLED for (int dy = 0; dy < high; dy++)
-        UNROLLED for (int dx = 0; dx < wide; dx++) NAME(store)(gd + floats((dy * w->k + dx) * w->next, V), sums[dy][dx]);
+        UNROLLED for (int dx = 0; dx < wide; dx++) NAME(store)(gd + floats(dy * row + dx * w->next, V), sums[dy][dx]);
 }
 
 /* The gradient of a kernel: gd[dy][dx] += sum over i, q of t[i][q] x[i + dy][q + dx], apart in the lanes. */
@@ -269,7 +271,8 @@ INLINE TARGET struct NAME(planes) NAME(take_planes)(float **scratch, const struc
 }
 
 /* Zeros in place of rows below the map, which the band before may have had: those after the first `rows` of `most`. */
-INLINE TARGET void NAME(clear_below)(const struct NAME(planes) *p, int channels, int plane, int pitch, int rows, int most)
+INLINE TARGET void NAME(clear_below)(const struct NAME(planes) *p, int channels, int plane, int pitch, int rows,
+                                     int most)
 {
     for (int i = 0; i < channels; i++)
         memset(p->at + floats(i, plane) + floats(rows, pitch), 0, sizeof(float) * floats(most - rows, pitch));

@@ -1,5 +1,5 @@
-/* The kernels of separable.c row by row, with vectors of neighbouring channels: what lies between mix and planar kernels
- * stays in the first caches. */
+/* The kernels of separable.c row by row, with vectors of neighbouring channels, for layers of any size. What lies between
+ * mix and planar kernels is a few rows. */
 
 #include "vectors.h"
 

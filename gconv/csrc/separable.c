@@ -3,10 +3,11 @@
  * Maps are channels-last and group-major: the values of a position are [S][C]. A layer mixes them by small matrix
  * products, in a basis of the group axis or directly, and filters every channel in the plane by itself, in the one
  * order or the other. Done one after the other for whole maps that is a matter of memory; here each thread takes an
- * image and does it row by row, so that what lies between the two stays in its cache.
+ * image and does it by rows, so that what lies between the two stays in its cache: row by row with vectors of channels
+ * (rows.h), or in bands of rows with vectors of positions, where channels are few (planes.h).
  *
- * Everything that is specific to an instruction set is in rows.h, which is included once for each. Threads are those of
- * the OpenMP library that PyTorch has loaded, to which this one leaves its symbols to be resolved.
+ * Both are included once for each instruction set that they are for. Threads are those of the OpenMP library that PyTorch
+ * has loaded, to which this one leaves its symbols to be resolved.
  */
 
 #include <stddef.h>
@@ -44,10 +45,10 @@ struct layer {
     const int *pixels;             /* [S][k k]: entry y of a kernel turned by s is that entry of the kernel */
 };
 
-enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16, BAND = 1 << 17 };
+enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16, BAND = 1 << 17 /* floats of all planes of one, in planes.h */ };
 
-/* What `pack` writes, one after the other, and the basis. The kernels read vectors, so channels are rounded up to their
- * length. */
+/* What `pack` writes, one after the other, and the basis. Where vectors are of channels, these are rounded up to their
+ * length, `lanes`; else to one. */
 struct parts {
     float *weights;            /* each matrix [COLUMNS / lanes][DEPTH][lanes] */
     float *weights_back;       /* likewise, of the transposed ones */
@@ -98,7 +99,9 @@ static inline int batch_of(const struct layer *l)
 
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
-/* Of planes.h: from a row of a plane to the next one, the zeros before its values, and all of it. */
+/* Of planes.h: how many values a row of a plane has, those before the first row, among them zeros above the map, and all
+ * of a plane with this many rows: an odd number of lines, as caches mistake addresses for each other that are a large
+ * power of two apart. */
 static inline int pitch_of(const struct layer *l) { return l->width > l->out_width ? l->width : l->out_width; }
 
 static inline int margin_of(const struct layer *l)
@@ -166,6 +169,8 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define WIDE 3
 #include "rows.h"
 
+/* `sums`: how many are kept of each value of the gradients of the parameters, to be added up at the end; above one those
+ * of planes.h. */
 static const struct { int lanes, sums; forward_rows *forward; backward_image *backward; } variants[] = {
 #if defined(__x86_64__)
     {1, 8, forward_planes, backward_planes},
@@ -175,7 +180,8 @@ static const struct { int lanes, sums; forward_rows *forward; backward_image *ba
     {4, 1, forward_any, backward_any},
 };
 
-/* The floats a vector of that variant has; 0 if this processor cannot run it, -1 if there is none of that number. */
+/* To a multiple of what that variant rounds channels up; 0 if this processor cannot run it, -1 if there is none of that
+ * number. */
 int gconv_lanes(int variant)
 {
     if (variant < 0 || variant >= (int)(sizeof variants / sizeof *variants)) return -1;
@@ -366,7 +372,7 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) /* the same images each time: they may be in this thread's cache */
         for (int task = 0; task < n * bands; task++) {
             int image = task / bands, band = task % bands;
             if (scratch)

@@ -1,6 +1,6 @@
-/* What rows.h and planes.h have in common, for one instruction set: NAME(x) is the name of x there, TARGET the attribute
- * of its functions, V the floats a vector, REGISTERS how many vectors it holds, WIDE the most vectors in a row of a tile
- * of a matrix product, LOAD_MASKED and STORE_MASKED how parts of vectors are loaded and stored, where it can. */
+/* What rows.h and planes.h have in common, for one instruction set: NAME(x) is the name of x there, TARGET the
+ * attribute of its functions, V the floats a vector, REGISTERS how many vectors it holds, WIDE the most vectors in a row
+ * of a tile of a matrix product, LOAD_MASKED and STORE_MASKED how parts of vectors are loaded and stored, where it can. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * V), aligned(4)));
 typedef int NAME(ints) __attribute__((vector_size(4 * V)));
