@@ -90,11 +90,11 @@ def as_defined(layer, x):
     expected = gconv2d(given[1], exact.weight, exact.bias, exact.group, exact.sampling)
     assert is_channels_last(to_group_major(y)) or min(y.shape[3:]) == 1 or y.shape[1] * y.shape[2] == 1
     assert close(y, expected)
-    direction = torch.randn_like(y)
+    direction = torch.rand_like(y)  # sums of either sign could come out as nearly nothing
     ours = torch.autograd.grad(y, [given[0], *layer.parameters()], direction)
     theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
     for one, other in zip(ours, theirs, strict=True):
-        assert close(one, other, 2e-5)
+        assert close(one, other)
     return y
 
 
@@ -571,8 +571,9 @@ def test_batch_norm_is_that_of_the_definition(x, relu, threads):
     finally:
         torch.set_num_threads(before)
     theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
-    assert close(y, expected, 1e-4)
-    assert close(ours[0], theirs[0], 1e-3)
+    far = (x.mean() / x.std()).abs().item()  # of values far from zero less is left
+    assert close(y, expected, 1e-5 * (1 + far))
+    assert close(ours[0], theirs[0], 1e-5 * (1 + 3 * far))
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         assert (one - other).abs().max() <= 1e-3 * max(other.abs().max(), direction.abs().sum().item() / 50)
     for name in ("running_mean", "running_var"):
