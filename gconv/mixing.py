@@ -64,10 +64,9 @@ def basis_of(group: Group) -> Basis:
 def regular(group: Group) -> Basis:
     """Direct mixing in the same terms: the regular representation as it is, one block of size S."""
     elements = np.arange(group.order).reshape(-1, 1, 1)
-    seen = torch.from_numpy((group.relative_table() == elements).astype(np.float64))
-    return Basis(
-        torch.from_numpy(np.eye(group.order)), (1,), (seen,)
-    )  # from NumPy: PyTorch may be set to another device
+    seen = (group.relative_table() == elements).astype(np.float64)
+    # From NumPy, as PyTorch may be set to make tensors on another device.
+    return Basis(torch.from_numpy(np.eye(group.order)), (1,), (torch.from_numpy(seen),))
 
 
 @cache
