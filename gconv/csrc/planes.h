@@ -27,22 +27,19 @@ INLINE TARGET vec NAME(load_some)(unsigned which, const float *from) { return (v
 /* Eight vectors of eight values, turned. */
 INLINE TARGET void NAME(turn)(vec *v)
 {
-    const NAME(ints) low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
-    const NAME(ints) even = {0, 1, 8, 9, 4, 5, 12, 13}, odd = {2, 3, 10, 11, 6, 7, 14, 15};
-    const NAME(ints) front = {0, 1, 2, 3, 8, 9, 10, 11}, back = {4, 5, 6, 7, 12, 13, 14, 15};
-    vec a[8], b[8];
+    __m256 pairs[8], fours[8];
     UNROLLED for (int i = 0; i < 8; i += 2) {
-        a[i] = __builtin_shuffle(v[i], v[i + 1], low);
-        a[i + 1] = __builtin_shuffle(v[i], v[i + 1], high);
+        pairs[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
     }
     UNROLLED for (int i = 0; i < 8; i += 4)
         UNROLLED for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = __builtin_shuffle(a[i + j], a[i + 2 + j], even);
-            b[i + 2 * j + 1] = __builtin_shuffle(a[i + j], a[i + 2 + j], odd);
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
         }
     UNROLLED for (int i = 0; i < 4; i++) {
-        v[i] = __builtin_shuffle(b[i], b[i + 4], front);
-        v[i + 4] = __builtin_shuffle(b[i], b[i + 4], back);
+        v[i] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        v[i + 4] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
     }
 }
 
