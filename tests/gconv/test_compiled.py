@@ -213,13 +213,17 @@ def test_the_comparison_sees_a_wrong_kernel(form):
 
 @built
 @forms
+@versions
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_threads_change_nothing_forward_and_nothing_from_one_time_to_the_next(form, n):
+def test_threads_change_nothing_forward_and_nothing_from_one_time_to_the_next(only, version, form, n):
+    only(version)
     torch.manual_seed(0)
-    layer = SeparableGConv2d(5, 6, 3, stride=2, padding=1, group="p4m", form=form, rank=2)
+    stride = 1 if version == onepass.PLANES else 2
+    layer = SeparableGConv2d(5, 6, 3, stride=stride, padding=1, group="p4m", form=form, rank=2)
     x = from_group_major(channels_last(torch.randn(n, 40, 11, 9)), 8).requires_grad_()
     threads = torch.get_num_threads()
     outputs, gradients = [], []
+    assert in_kernel(layer, x).variant == version
     try:
         for number in (1, 3, 3):
             torch.set_num_threads(number)
