@@ -52,7 +52,7 @@ def native(ours: GroupBatchNorm2d) -> nn.BatchNorm3d:
     return theirs.train(ours.training)
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
