@@ -325,8 +325,8 @@ PLANES = 0
 """The version for few channels, with a plane of each: its vectors are of neighbouring positions."""
 
 _ROWS_CHANGE, _PLANES_CHANGE, _PLANES_MIX, _TURN = 2.75, 0.75, 1.2, 3.5
-"""What :func:`_works` adds: to the products of each value in a change of basis, by rows and by planes; to those of a mix
-by planes, as a factor; and for each value that is turned into a plane or back."""
+"""What :func:`_works` adds: to the products of a change of basis, for each value, by rows and by planes; to those of a
+mix by planes, as a factor; and for each value that is turned into a plane or back."""
 
 _MOST_PLANES = 512
 """With more, bands of rows that stay in the cache are too low."""
