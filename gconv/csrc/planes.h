@@ -173,7 +173,8 @@ TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, con
 }
 
 /* filter() of size three: what a row of the map adds to three rows is added as it is read. */
-INLINE TARGET void NAME(filter_three)(const struct NAME(window) *w, const float *x, const float *d, float *y, int add)
+INLINE TARGET void NAME(filter_three)(const struct NAME(window) *w, const float *x, const float *d, float *y,
+                                      const int add)
 {
     vec kernel[9], read[3];
     UNROLLED for (int n = 0; n < 9; n++) kernel[n] = d[n * w->next] - (vec){0};
@@ -204,7 +205,8 @@ INLINE TARGET void NAME(filter_three)(const struct NAME(window) *w, const float 
 TARGET static void NAME(filter)(const struct NAME(window) *w, const float *x, const float *d, float *y, int add)
 {
     if (w->k == 3) {
-        NAME(filter_three)(w, x, d, y, add);
+        if (add) NAME(filter_three)(w, x, d, y, 1);
+        else NAME(filter_three)(w, x, d, y, 0);
         return;
     }
     for (int q = 0; q < w->columns; q += V)
@@ -324,87 +326,110 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     }
 }
 
+/* Of a backward pass the rows `first` to `last` - 1 of the map, and those of the output that they meet, `from` to
+ * `to` - 1; the window that gives what of the gradients of the output comes back to them; where their gradients go; and
+ * planes of the gradients of the output. */
+struct NAME(band) {
+    int first, last, from, to, plane, pitch, most;
+    struct NAME(window) back;
+    struct ending end;
+    struct NAME(planes) g;
+    float *scratch;
+};
+
+/* Of `gc`: mix, then filters. The gradient of these is found turned by a half. */
+TARGET static void NAME(backward_gc)(const struct layer *l, const struct parts *p, const float *x, struct NAME(band) *b,
+                                     float *gw, float *gd)
+{
+    int kk = l->k * l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, rank = l->rank;
+    int rows = b->last - b->first, plane = b->plane, values = rows * b->pitch, longer = ci > co * rank ? ci : co * rank;
+    struct NAME(window) back = b->back;
+    struct NAME(planes) in = NAME(take_planes)(&b->scratch, l, ci, plane, b->first);
+    struct NAME(planes) made = NAME(take_planes)(&b->scratch, l, longer, plane, b->first);
+    struct NAME(planes) gradient = NAME(take_planes)(&b->scratch, l, co * rank, plane, b->first);
+    if (b->first > 0) NAME(clear_below)(&b->g, co, plane, b->pitch, b->to - b->from, b->most);
+    NAME(enter)(x + floats(b->first * l->width, ci), ci, l->width, rows, in.at, plane, b->pitch);
+    NAME(change)(l, p->basis_back, in.at, plane, l->in_channels, 1, values);
+    NAME(mix)(l, p, 0, in.at, made.at, plane, values);
+    NAME(change)(l, p->basis, made.at, plane, l->out_channels, rank, values);
+    for (int i = 0; i < co; i++) {
+        const float *read = NAME(reach)(&b->g, i, plane, &back, b->first);
+        for (int r = 0; r < rank; r++) {
+            size_t at = floats(r * co + i, plane), kernel = (size_t)r * kk * co + i;
+            NAME(filter)(&back, read, p->planar_back + kernel, gradient.at + at, 0);
+            if (gd) NAME(filter_gradient)(&back, read, made.at + at, gd + kernel * V);
+        }
+    }
+    NAME(change)(l, p->basis_back, gradient.at, plane, l->out_channels, rank, values);
+    NAME(mix_gradient)(l, in.at, gradient.at, plane, gw, values);
+    NAME(mix)(l, p, 1, gradient.at, made.at, plane, values);
+    NAME(change)(l, p->basis, made.at, plane, l->in_channels, 1, values);
+    for (int j = 0; j < ci; j += V)
+        NAME(leave)(made.at + floats(j, plane), plane, b->pitch, j, ci, l->width, rows, &b->end);
+}
+
+/* Of `gc_in`: filters, then mix. To the gradients of the parameters add the rows of the output from `done` on, as those
+ * before have been in another band. */
+TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct parts *p, const float *x,
+                                        struct NAME(band) *b, int done, float *gw, float *gd)
+{
+    int k = l->k, kk = k * k, ci = l->order * l->in_channels, rank = l->rank, rows = b->to - done;
+    int plane = b->plane, pitch = b->pitch, values = (b->to - b->from) * pitch;
+    int above = done - l->padding, below = b->to - l->padding + k - 1;
+    above = above < 0 ? 0 : above, below = below > l->height ? l->height : below;
+    struct NAME(window) back = b->back, w = {k, l->padding, pitch, ci, l->width, l->out_width, rows};
+    struct NAME(planes) in = NAME(take_planes)(&b->scratch, l, ci, plane, above);
+    struct NAME(planes) made = NAME(take_planes)(&b->scratch, l, rounded(ci * rank, V), plane, done);
+    struct NAME(planes) gradient = NAME(take_planes)(&b->scratch, l, ci * rank, plane, b->from);
+    NAME(change)(l, p->basis_back, b->g.at, plane, l->out_channels, 1, values);
+    NAME(mix)(l, p, 1, b->g.at, gradient.at, plane, values);
+    NAME(change)(l, p->basis, gradient.at, plane, l->in_channels, rank, values);
+    if (rows > 0) {
+        size_t later = floats(done - b->from, pitch);
+        NAME(enter)(x + floats(above * l->width, ci), ci, l->width, below - above, in.at, plane, pitch);
+        if (b->first > 0) NAME(clear_below)(&in, ci, plane, pitch, below - above, b->most);
+        for (int i = 0; i < ci; i++) {
+            const float *read = NAME(reach)(&in, i, plane, &w, done);
+            for (int r = 0; r < rank; r++) {
+                size_t at = floats(r * ci + i, plane), kernel = (size_t)r * kk * ci + i;
+                NAME(filter)(&w, read, p->planar + kernel, made.at + at, 0);
+                if (gd) NAME(filter_gradient)(&w, read, gradient.at + at + later, gd + kernel * V);
+            }
+        }
+        NAME(change)(l, p->basis_back, made.at, plane, l->in_channels, rank, rows * pitch);
+        NAME(mix_gradient)(l, made.at, b->g.at + later, plane, gw, rows * pitch);
+    }
+    if (b->first > 0) NAME(clear_below)(&gradient, ci * rank, plane, pitch, b->to - b->from, b->most);
+    for (int j = 0; j < ci; j += V) {
+        for (int i = j; i < ci && i < j + V; i++)
+            for (int r = 0; r < rank; r++)
+                NAME(filter)(&back, NAME(reach)(&gradient, r * ci + i, plane, &back, b->first),
+                             p->planar_back + (size_t)r * kk * ci + i, made.at + floats(i - j, plane), r > 0);
+        NAME(leave)(made.at, plane, pitch, j, ci, l->width, b->last - b->first, &b->end);
+    }
+}
+
 /* One image: gx, and added to gw and, if they are not NULL, gd and gb. The planar adjoint is a convolution of the
- * gradients, with the kernels turned by a half and k - 1 - padding around. gd is turned by a half in `gc`. Of gw and gd
- * there are eight sums each. */
+ * gradients, with the kernels turned by a half and k - 1 - padding around. Of gw and gd there are eight sums each. */
 TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, const float *x, const float *gy,
                                   float *gx, float *gw, float *gd, float *gb, float *scratch)
 {
-    int k = l->k, kk = k * k, ci = l->order * l->in_channels, co = l->order * l->out_channels, rank = l->rank;
-    int c = l->planar_first ? ci : co, border = k - 1 - l->padding, most = p->rows + k - 1, done = 0;
-    int plane = plane_of(l, most), pitch = pitch_of(l);
-    float *begin = scratch;
+    int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels;
+    int border = k - 1 - l->padding, pitch = pitch_of(l), most = p->rows + k - 1, plane = plane_of(l, most), done = 0;
     if (gb) NAME(add_up)(gy, co, l->out_height * l->out_width, gb);
-    for (int first = 0, last; first < l->height; first = last, scratch = begin) {
+    for (int first = 0, last; first < l->height; first = last) {
         last = first + p->rows < l->height ? first + p->rows : l->height;
-        /* Those rows of the output that these of the map meet. */
-        int from = first - border, to = last - border + k - 1, values = (last - first) * pitch;
+        int from = first - border, to = last - border + k - 1;
         from = from < 0 ? 0 : from, to = to > l->out_height ? l->out_height : to;
-        struct NAME(window) back = {k, border, pitch, c, l->out_width, l->width, last - first};
-        struct ending end = {.y = gx + floats(first * l->width, ci)};
-        struct NAME(planes) g = NAME(take_planes)(&scratch, l, co, plane, from);
-        NAME(enter)(gy + floats(from * l->out_width, co), co, l->out_width, to - from, g.at, plane, pitch);
-        if (!l->planar_first) {
-            struct NAME(planes) in = NAME(take_planes)(&scratch, l, ci, plane, first);
-            struct NAME(planes) made = NAME(take_planes)(&scratch, l, ci > c * rank ? ci : c * rank, plane, first);
-            struct NAME(planes) gradient = NAME(take_planes)(&scratch, l, c * rank, plane, first);
-            if (first > 0) NAME(clear_below)(&g, co, plane, pitch, to - from, most);
-            NAME(enter)(x + floats(first * l->width, ci), ci, l->width, last - first, in.at, plane, pitch);
-            NAME(change)(l, p->basis_back, in.at, plane, l->in_channels, 1, values);
-            NAME(mix)(l, p, 0, in.at, made.at, plane, values);
-            NAME(change)(l, p->basis, made.at, plane, l->out_channels, rank, values);
-            for (int i = 0; i < co; i++) {
-                const float *read = NAME(reach)(&g, i, plane, &back, first);
-                for (int r = 0; r < rank; r++) {
-                    size_t at = floats(r * co + i, plane), kernel = (size_t)r * kk * c + i;
-                    NAME(filter)(&back, read, p->planar_back + kernel, gradient.at + at, 0);
-                    if (gd) NAME(filter_gradient)(&back, read, made.at + at, gd + kernel * V);
-                }
-            }
-            NAME(change)(l, p->basis_back, gradient.at, plane, l->out_channels, rank, values);
-            NAME(mix_gradient)(l, in.at, gradient.at, plane, gw, values);
-            NAME(mix)(l, p, 1, gradient.at, made.at, plane, values);
-            NAME(change)(l, p->basis, made.at, plane, l->in_channels, 1, values);
-            for (int j = 0; j < ci; j += V)
-                NAME(leave)(made.at + floats(j, plane), plane, pitch, j, ci, l->width, last - first, &end);
-            continue;
-        }
-        /* To the gradients of the parameters add those rows of the output that no band before has met. */
-        int above = done - l->padding, below = to - l->padding + k - 1;
-        above = above < 0 ? 0 : above, below = below > l->height ? l->height : below;
-        struct NAME(window) w = {k, l->padding, pitch, c, l->width, l->out_width, to - done};
-        struct NAME(planes) in = NAME(take_planes)(&scratch, l, ci, plane, above);
-        struct NAME(planes) made = NAME(take_planes)(&scratch, l, rounded(c * rank, V), plane, done);
-        struct NAME(planes) gradient = NAME(take_planes)(&scratch, l, c * rank, plane, from);
-        values = (to - from) * pitch;
-        NAME(change)(l, p->basis_back, g.at, plane, l->out_channels, 1, values);
-        NAME(mix)(l, p, 1, g.at, gradient.at, plane, values);
-        NAME(change)(l, p->basis, gradient.at, plane, l->in_channels, rank, values);
-        if (w.rows > 0) {
-            values = w.rows * pitch;
-            NAME(enter)(x + floats(above * l->width, ci), ci, l->width, below - above, in.at, plane, pitch);
-            if (first > 0) NAME(clear_below)(&in, ci, plane, pitch, below - above, most);
-            for (int i = 0; i < ci; i++) {
-                const float *read = NAME(reach)(&in, i, plane, &w, done);
-                for (int r = 0; r < rank; r++) {
-                    size_t at = floats(r * ci + i, plane), kernel = (size_t)r * kk * c + i;
-                    NAME(filter)(&w, read, p->planar + kernel, made.at + at, 0);
-                    if (gd)
-                        NAME(filter_gradient)(&w, read, gradient.at + at + floats(done - from, pitch), gd + kernel * V);
-                }
-            }
-            NAME(change)(l, p->basis_back, made.at, plane, l->in_channels, rank, values);
-            NAME(mix_gradient)(l, made.at, g.at + floats(done - from, pitch), plane, gw, values);
-            done = to;
-        }
-        if (first > 0) NAME(clear_below)(&gradient, c * rank, plane, pitch, to - from, most);
-        for (int j = 0; j < ci; j += V) {
-            for (int i = j; i < ci && i < j + V; i++)
-                for (int r = 0; r < rank; r++)
-                    NAME(filter)(&back, NAME(reach)(&gradient, r * ci + i, plane, &back, first),
-                                 p->planar_back + (size_t)r * kk * c + i, made.at + floats(i - j, plane), r > 0);
-            NAME(leave)(made.at, plane, pitch, j, ci, l->width, last - first, &end);
-        }
+        struct NAME(band) b = {.first = first, .last = last, .from = from, .to = to, .plane = plane, .pitch = pitch};
+        b.most = most, b.scratch = scratch;
+        b.back = (struct NAME(window)){k, border, pitch, l->planar_first ? ci : co, l->out_width, l->width, last - first};
+        b.end = (struct ending){.y = gx + floats(first * l->width, ci)};
+        b.g = NAME(take_planes)(&b.scratch, l, co, plane, from);
+        NAME(enter)(gy + floats(from * l->out_width, co), co, l->out_width, to - from, b.g.at, plane, pitch);
+        if (l->planar_first) NAME(backward_gc_in)(l, p, x, &b, done, gw, gd);
+        else NAME(backward_gc)(l, p, x, &b, gw, gd);
+        done = to > done ? to : done;
     }
 }
 

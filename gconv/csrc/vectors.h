@@ -135,9 +135,12 @@ TARGET static void NAME(product)(const float *a, int across, int along, const fl
 INLINE TARGET void NAME(add_up)(const float *x, int c, int positions, float *gb)
 {
     for (int j = 0; j < c; j += V) {
-        vec sum = NAME(load)(gb + j);
-        for (int p = 0; p < positions; p++) sum += NAME(load_part)(x + floats(p, c) + j, c - j);
-        NAME(store)(gb + j, sum);
+        vec sums[4] = {NAME(load)(gb + j)}; /* which do not wait for each other */
+        int p = 0;
+        for (; p + 4 <= positions; p += 4)
+            UNROLLED for (int n = 0; n < 4; n++) sums[n] += NAME(load_part)(x + floats(p + n, c) + j, c - j);
+        for (; p < positions; p++) sums[0] += NAME(load_part)(x + floats(p, c) + j, c - j);
+        NAME(store)(gb + j, sums[0] + sums[1] + (sums[2] + sums[3]));
     }
 }
 
