@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .choice import Sizes, in_basis_pays, mixes_pay
 from .compiled import convolve, takes
 from .errors import InputError
 from .functional import Sampling, Tables, expand, from_group_major, lies_channels_last, on_tensor_cores, to_group_major
@@ -17,7 +18,7 @@ from .functional import relu as relu_of
 from .groups import Group
 from .groups import group as find_group
 from .mixing import Basis, basis_of, basis_on
-from .onepass import Kernel, Sizes, in_basis_pays, kernel_of, mixes_pay
+from .onepass import Kernel, kernel_of
 from .separable import FORMS, Execution, FilterShape, Form, check_execution, form_named
 
 _Layer = TypeVar("_Layer", bound="_GroupConv")
@@ -403,8 +404,9 @@ class SeparableGConv2d(_GroupConv):
         self.rank = rank
         self._basis = basis_of(find_group(group))
         if execution is None:
-            (steps, _) = _square(1, "stride", stride)
-            execution = self.default_execution(self.form, find_group(group), out_channels, in_channels, steps)
+            counts = _at_least(1, "out_channels", out_channels), _at_least(1, "in_channels", in_channels)
+            steps, _ = _square(1, "stride", stride)
+            execution = self.default_execution(self.form, find_group(group), *counts, steps)
         self.execution = check_execution(execution, self.form)
         super().__init__(
             in_channels,

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compiled import address, call, compiled, library, takes
+from .choice import Sizes, basis_for, best, rounded
+from .compiled import address, call, takes
 from .errors import InputError
 from .functional import Sampling, Tables, from_group_major, lies_grouped, new_grouped, to_group_major
 from .groups import Group
-from .mixing import Basis, basis_of, basis_on, regular
+from .mixing import basis_on
 from .separable import FORMS, FilterShape
 
 MOST_K, MOST_ORDER = 15, 8  # as in csrc/separable.c
@@ -40,42 +41,6 @@ class _Layer(ctypes.Structure):
         *((name, _int) for name in ("products", "in_basis", "biased", "weights", "weights_back")),
         *((name, _pointer) for name in ("table", "matrices", "basis", "pixels")),
     )
-
-
-@cache
-def variants() -> dict[int, int]:
-    """The versions that run on this processor, by number; and to a multiple of what each of them rounds channels up.
-
-    That is the number of floats a vector, or 1 of :data:`PLANES`. Of the others the best comes first.
-    """
-    if library() is None:
-        return {}
-    found: dict[int, int] = {}
-    number = 0
-    while (lanes := compiled().gconv_lanes(number)) >= 0:
-        if lanes:
-            found[number] = lanes
-        number += 1
-    return found
-
-
-class Sizes(NamedTuple):
-    """Of a layer: S, I, O, R, whether the planar kernels run before the mix, k, stride, padding and dilation."""
-
-    order: int
-    in_channels: int
-    out_channels: int
-    rank: int
-    planar_first: bool
-    k: int
-    stride: int
-    padding: int
-    dilation: int
-
-    def output(self, height: int, width: int) -> tuple[int, int]:
-        """The height and the width of what becomes of a map."""
-        reach = 2 * self.padding - self.k
-        return (height + reach) // self.stride + 1, (width + reach) // self.stride + 1
 
 
 class _Product(NamedTuple):
@@ -142,12 +107,12 @@ class Kernel:
         """How many values the packed planar kernels have."""
         sizes = self.sizes
         channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
-        return sizes.rank * sizes.k**2 * _rounded(channels, self.lanes)
+        return sizes.rank * sizes.k**2 * rounded(channels, self.lanes)
 
     @property
     def biases(self) -> int:
         """How many the packed bias has."""
-        return _rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
+        return rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
 
     def takes(self, x: Tensor) -> bool:
         """Whether it runs on this map, which :func:`gconv.compiled.takes` takes."""
@@ -237,12 +202,11 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
         biased: whether it has a bias.
     """
     s, i, o, rank, planar_first, k, _, padding, dilation = sizes
-    works = _works(group, sizes, in_basis)
-    if not (works and dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
+    version = best(group, sizes, in_basis)
+    if version is None or not (dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
         return None
-    variant = min(works, key=works.__getitem__)
-    basis, copies, kinds = _basis(group, in_basis)
-    lanes = variants()[variant]
+    variant, lanes = version
+    basis, copies, kinds = basis_for(group, in_basis)
     products = []
     packed = packed_back = matrices = 0
     reads = [term * s * i if planar_first else 0 for term in range(rank)]
@@ -258,8 +222,8 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
                 products.append(_Product(*where, term, d, matrices, copy == 0))
                 reads[term] += depth
                 writes[term] += columns
-            packed += _rounded(columns, lanes) * depth
-            packed_back += _rounded(depth, lanes) * columns
+            packed += rounded(columns, lanes) * depth
+            packed_back += rounded(depth, lanes) * columns
         matrices += kind.numel()
     if max(packed, packed_back) > _LARGEST:
         return None
@@ -267,69 +231,6 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
     flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
     pixels = torch.tensor(group.pixel_table(k), dtype=torch.int32)
     return Kernel(group, sizes, in_basis, biased, variant, lanes, table, flat, basis, pixels, packed, packed_back)
-
-
-def in_basis_pays(group: Group, out_channels: int, in_channels: int, stride: int) -> bool | None:
-    """Whether the kernel runs layers of a size faster with the mix in the irreducible representations of the group.
-
-    None where there is no kernel.
-    """
-    sizes = Sizes(group.order, in_channels, out_channels, 1, False, 3, stride, 0, 1)
-    direct, turned = (_works(group, sizes, in_basis).values() for in_basis in (False, True))
-    return min(turned) < min(direct) if direct else None
-
-
-def mixes_pay(group: Group, shape: FilterShape) -> bool:
-    """Whether the kernel is there, and full filters as mixes of pixels, of a form ``gc_in`` of rank k k, pay in it.
-
-    They do where these have less than half the multiply-accumulates of the expanded filter.
-    """
-    return bool(variants()) and _half(group, shape)
-
-
-@cache
-def _half(group: Group, shape: FilterShape) -> bool:
-    o, i, s, k = shape
-    return sum(FORMS["gc_in"].macs_by_map(shape, k * k, basis_of(group))) < o * i * s * s * k * k / 2
-
-
-def _basis(group: Group, in_basis: bool) -> Basis:
-    return basis_of(group) if in_basis else regular(group)
-
-
-def _works(group: Group, sizes: Sizes, in_basis: bool) -> dict[int, float]:
-    """By the versions that come into question for a layer, how many multiply-accumulates a position they are worth.
-
-    Counted are those of mixes and of changes of basis, with those that vectors do for nothing where they are part
-    empty. What else there is, such as turning maps into planes, is put in the same terms by constants, fitted to times
-    of p2, pmm, p4 and p4m layers of 2 to 48 channels on two cores; what is alike in all versions is left out.
-    """
-    s, i, o, rank, planar_first, _, stride, *_ = sizes
-    basis = _basis(group, in_basis)
-    changed = (rank * i, o) if planar_first else (i, rank * o)
-    works = {}
-    for variant, lanes in variants().items():
-        sizes_of = ((n, matrices.shape[1]) for n, matrices in zip(basis.copies, basis.matrices, strict=True))
-        mix = rank * sum(n * d * i * _rounded(d * o, lanes) for n, d in sizes_of)
-        values = s * in_basis * sum(_rounded(channels, lanes) for channels in changed)
-        if variant != PLANES:
-            works[variant] = mix + (s + _ROWS_CHANGE) * values
-            break
-        planes = s * (i + o + 2 * rank * (i if planar_first else o))
-        if stride == 1 and planes <= _MOST_PLANES:
-            works[variant] = _PLANES_MIX * mix + (s + _PLANES_CHANGE) * values + _TURN * s * (i + o)
-    return works
-
-
-PLANES = 0
-"""The version for few channels, with a plane of each: its vectors are of neighbouring positions."""
-
-_ROWS_CHANGE, _PLANES_CHANGE, _PLANES_MIX, _TURN = 2.75, 0.75, 1.2, 3.5
-"""What :func:`_works` adds: to the products of a change of basis, for each value, by rows and by planes; to those of a
-mix by planes, as a factor; and for each value that is turned into a plane or back."""
-
-_MOST_PLANES = 512
-"""With more, bands of rows that stay in the cache are too low."""
 
 
 @lru_cache(maxsize=4096)
@@ -343,10 +244,6 @@ def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
     counts = len(kernel.table), kernel.in_basis, kernel.biased, kernel.weights, kernel.weights_back
     tensors = kernel.table, kernel.matrices, kernel.basis, kernel.pixels
     return _Layer(*sizes[:-1], height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
-
-
-def _rounded(values: int, lanes: int) -> int:
-    return values + -values % lanes
 
 
 class _Differentiable(torch.autograd.Function):

@@ -61,7 +61,7 @@ def test_the_table_of_speed_is_made_from_the_records() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_what_the_wide_separable_resnet_takes(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
-    monkeypatch.setattr("gconv.onepass.variants", lambda: {1: 16} if compiled else {})
+    monkeypatch.setattr("gconv.choice.variants", lambda: {1: 16} if compiled else {})
     net = gconv.create_model("gc-p4m-resnet44")
     counted = gconv.cost(net, net.input_shape)
     published, executed = (f"{count / 1e9:.2f} G" for count in (counted.macs_published, counted.macs_executed))

@@ -17,6 +17,7 @@ from gconv import (
     GConv2d,
     GroupBatchNorm2d,
     SeparableGConv2d,
+    choice,
     compiled,
     create_model,
     fuse,
@@ -29,7 +30,7 @@ from gconv.errors import InputError
 from gconv.functional import channels_last, from_group_major, is_channels_last, to_group_major
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no C compiler")
-versions = pytest.mark.parametrize("version", onepass.variants() or [0])
+versions = pytest.mark.parametrize("version", choice.variants() or [0])
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
 
@@ -38,10 +39,10 @@ def only(monkeypatch):
     """Leaves one version of the kernel, or none."""
 
     def leave(version=None):
-        left = {} if version is None else {version: onepass.variants()[version]}
+        left = {} if version is None else {version: choice.variants()[version]}
         onepass.kernel_of.cache_clear()
-        monkeypatch.setattr(onepass, "variants", lambda: left)
-        monkeypatch.setattr(onepass, "_MOST_PLANES", 10**6)
+        monkeypatch.setattr(choice, "variants", lambda: left)
+        monkeypatch.setattr(choice, "_MOST_PLANES", 10**6)
 
     yield leave
     onepass.kernel_of.cache_clear()
@@ -57,7 +58,7 @@ def drawn(draw, form, version):
         i,
         o,
         k,
-        stride=draw(st.integers(1, 1 if version == onepass.PLANES else 3)),
+        stride=draw(st.integers(1, 1 if version == choice.PLANES else 3)),
         padding=draw(st.integers(0, k - 1)),
         bias=draw(st.booleans()),
         group=name,
@@ -139,13 +140,13 @@ def test_maps_larger_than_a_cache(only, version, form, k, padding):
             torch.testing.assert_close(layer.eval()(x[:1]), y[:1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(onepass.PLANES not in onepass.variants(), reason="this processor has no AVX-512")
+@pytest.mark.skipif(choice.PLANES not in choice.variants(), reason="this processor has no AVX-512")
 def test_planes_are_for_few_channels():
     def version(channels, on="p4", **more):
         return SeparableGConv2d(channels, channels, 3, group=on, form="gc", **more)._kernel().variant
 
-    assert version(10) == version(8, "p4m") == version(20, "pm") == onepass.PLANES
-    assert onepass.PLANES not in (version(64), version(28, "p4m"), version(10, stride=2), version(12, rank=9))
+    assert version(10) == version(8, "p4m") == version(20, "pm") == choice.PLANES
+    assert choice.PLANES not in (version(64), version(28, "p4m"), version(10, stride=2), version(12, rank=9))
 
 
 @built
@@ -159,7 +160,7 @@ def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
     def check(data):
         name, k = data.draw(st.sampled_from(GROUPS)), data.draw(st.integers(1, 4))
         o, i = (data.draw(st.integers(low, 4)) for low in (1, 2))
-        stride = data.draw(st.integers(1, 1 if version == onepass.PLANES else 4))
+        stride = data.draw(st.integers(1, 1 if version == choice.PLANES else 4))
         padding, bias = data.draw(st.integers(0, k - 1)), data.draw(st.booleans())
         layer = GConv2d(i, o, k, stride=stride, padding=padding, bias=bias, group=name)
         side = data.draw(st.integers(k, 9))
@@ -218,7 +219,7 @@ def test_the_comparison_sees_a_wrong_kernel(form):
 def test_threads_change_nothing_forward_and_nothing_from_one_time_to_the_next(only, version, form, n):
     only(version)
     torch.manual_seed(0)
-    stride = 1 if version == onepass.PLANES else 2
+    stride = 1 if version == choice.PLANES else 2
     layer = SeparableGConv2d(5, 6, 3, stride=stride, padding=1, group="p4m", form=form, rank=2)
     x = from_group_major(channels_last(torch.randn(n, 40, 11, 9)), 8).requires_grad_()
     threads = torch.get_num_threads()

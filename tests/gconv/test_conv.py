@@ -262,6 +262,8 @@ SQUARE = "a whole number, or a pair of equal ones (square only)"
         ({"in_channels": 0}, f"{SIZE} 1"),
         ({"out_channels": -2}, f"{SIZE} 1"),
         ({"in_channels": 2.0}, f"{SIZE} 1"),
+        ({"in_channels": "2"}, f"{SIZE} 1"),
+        ({"out_channels": None}, f"{SIZE} 1"),
         ({"out_channels": True}, f"{SIZE} 1"),
         ({"kernel_size": 0}, f"{SIZE} 1"),
         ({"kernel_size": 3.0}, f"{SIZE} 1"),

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gconv.choice import variants
 from gconv.conv import GConv2d, LiftingConv2d, SeparableGConv2d
 from gconv.cost import cost
 from gconv.errors import InputError
 from gconv.groups import group
 from gconv.models import MODELS, Model, create_model
-from gconv.onepass import variants
 from gconv.separable import FORMS, FilterShape
 
 # Parameters, MACs in the published convention, and as executed mix first; None where not published to the unit.
@@ -111,7 +111,7 @@ def test_by_default_g_networks_run_dense():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on", ["p2", "p4", "p4m"])
 def test_each_layer_of_a_separable_cnn(monkeypatch, on, form, execution):
-    monkeypatch.setattr("gconv.onepass.variants", lambda: {})  # or small layers would run in irreps
+    monkeypatch.setattr("gconv.choice.variants", lambda: {})  # or small layers would run in irreps
     w, s = 3, group(on).order
     rows = cost(create_model("p4cnn", group=on, width=w, separable=form), (1, 28, 28), execution=execution).layers
     assert [row.name for row in rows] == [f"{kind}{i}" for i in range(1, 8) for kind in ("conv", "bn")] + ["fc"]

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gconv import GROUPS, SeparableGConv2d, gconv2d, group
+from gconv.choice import PLANES, in_basis_pays, variants
+from gconv.conv import _How
 from gconv.functional import from_group_major, is_channels_last
-from gconv.mixing import basis_of, regular
-from gconv.onepass import PLANES, in_basis_pays, variants
+from gconv.mixing import DirectMixing, IrrepMixing, basis_of, regular
 
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
@@ -82,10 +83,20 @@ def test_in_the_kernel_it_pays_where_there_are_few(stride, p4, p4m):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_layers_run_in_irreps_by_default_where_that_is_faster(monkeypatch, form, compiled):
     """With the compiled kernel also small ones."""
-    monkeypatch.setattr("gconv.onepass.variants", lambda: {1: 4} if compiled else {})
+    monkeypatch.setattr("gconv.choice.variants", lambda: {1: 4} if compiled else {})
     made = {n: SeparableGConv2d(n, n, 3, group="p4m", form=form) for n in (1, 8, 64)}
     few = "irrep" if compiled else "factorized"
     assert {n: layer.execution for n, layer in made.items()} == {1: "factorized", 8: few, 64: "irrep"}
+
+
+@forms
+@pytest.mark.parametrize(("channels", "mixing"), [(8, DirectMixing), (64, IrrepMixing)])
+def test_a_compiler_gets_irreps_only_of_many_channels(monkeypatch, form, channels, mixing):
+    layer = SeparableGConv2d(channels, channels, 3, group="p4m", form=form, execution="irrep")
+    how = _How("irrep", channels_last=True)
+    assert isinstance(layer._new_filters(how)[0], IrrepMixing)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert isinstance(layer._new_filters(how)[0], mixing)
 
 
 @pytest.mark.parametrize("of", [basis_of, regular])
