@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,6 +70,8 @@ def command(folder: str, name: str) -> list[str]:
 
 def child(argv: list[str], before: Callable[[], None] = lambda: None) -> int:
     """Fork a process that runs the command; its id."""
+    from tqdm import tqdm
+
     from gconv import train
 
     pid = os.fork()
@@ -78,6 +81,7 @@ def child(argv: list[str], before: Callable[[], None] = lambda: None) -> int:
             log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            tqdm.set_lock(threading.RLock())  # its own is shared with other forks, of which one may be killed with it
             before()
             code = train.main(argv)
         except BaseException:
