@@ -36,7 +36,7 @@ bench: $(STAMP) ## measure speed, with table and figure; BENCH=--full takes half
 install: $(STAMP) ## only create .venv with the versions in constraints.txt (the targets above do so by themselves)
 
 # A virtual environment that works is kept; a broken or an older one is made anew.
-$(STAMP): pyproject.toml constraints.txt Makefile setup.py $(wildcard gconv/csrc/*)
+$(STAMP): pyproject.toml constraints.txt Makefile setup.py $(wildcard gconv/kernels/csrc/*)
 	@rm -f $@
 	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	|| { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -56,5 +56,5 @@ constraints: ## replace the pins in constraints.txt by the newest versions that 
 	rm -rf build/pins
 
 clean: ## remove .venv, the caches and out/demo
-	rm -rf $(VENV) build gconv/_compiled.* out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build gconv/kernels/_compiled.* out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

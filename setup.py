@@ -5,9 +5,9 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "gconv._compiled",
-            ["gconv/csrc/full.c", "gconv/csrc/norm.c", "gconv/csrc/separable.c"],
-            depends=["gconv/csrc/planes.h", "gconv/csrc/rows.h", "gconv/csrc/undefine.h", "gconv/csrc/vectors.h"],
+            "gconv.kernels._compiled",
+            ["gconv/kernels/csrc/full.c", "gconv/kernels/csrc/norm.c", "gconv/kernels/csrc/separable.c"],
+            depends=[f"gconv/kernels/csrc/{name}.h" for name in ("planes", "rows", "undefine", "vectors")],
             extra_compile_args=["-O3", "-fopenmp"],  # and not linked with OpenMP: PyTorch has loaded its own
             optional=True,
         )

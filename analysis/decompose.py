@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gconv.cli import Parser, loading, main_args, number, run
-from gconv.errors import InputError
+from gconv.system.cli import Parser, loading, main_args, number, run
+from gconv.system.errors import InputError
 
 if TYPE_CHECKING:
-    from gconv.checkpoint import Checkpoint
-    from gconv.data import Dataset, Split
+    from gconv.models.checkpoint import Checkpoint
+    from gconv.training.datasets import Dataset, Split
 
 PROG = "python -m analysis.decompose"
 _ALLOCATORS = "uniform, energy, minmax, lagrangian, greedy, dynamic"
@@ -85,14 +85,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    """Run the command; returns its exit code (:func:`gconv.system.cli.run`)."""
     args = parser().parse_args(main_args(argv))
     return run(PROG, lambda: _command(args))
 
 
 def _command(args: argparse.Namespace) -> None:
     # What the user typed is checked before anything slow is imported or read.
-    from .budget import BUDGETS, Budget
+    from analysis.allocation.budget import BUDGETS, Budget
 
     if args.energy == 0:
         raise InputError("--energy is 0; accepted: a share above 0 and up to 1")
@@ -108,12 +108,11 @@ def _command(args: argparse.Namespace) -> None:
     with loading():
         import torch
 
-        from gconv import checkpoint
-        from gconv.files import atomic_path, check_output
-        from gconv.training import environment, pick_device
-
-        from .conversion import convert
-        from .finetuning import Distillation
+        from analysis.conversion.convert import convert
+        from analysis.fitting.distillation import Distillation
+        from gconv.models import checkpoint
+        from gconv.system.files import atomic_path, check_output
+        from gconv.training.loop import environment, pick_device
 
     distillation = Distillation(weight=0) if args.distill == "none" else Distillation(target=args.distill)
     device = pick_device(args.device)
@@ -178,7 +177,7 @@ def _command(args: argparse.Namespace) -> None:
     _write(paths, converted, record, document)
     unfinished.unlink(missing_ok=True)
 
-    from .screen import print_report
+    from analysis.plots.console import print_report
 
     print_report(report, document, file=sys.stderr if args.json else sys.stdout)
     if args.json:
@@ -190,7 +189,7 @@ def _command(args: argparse.Namespace) -> None:
 
 def _resume(wanted: bool, path: Path) -> dict[str, Any] | None:
     """The state of an interrupted fine-tuning."""
-    from gconv.checkpoint import read_plain
+    from gconv.models.checkpoint import read_plain
 
     if not wanted:
         return None
@@ -219,7 +218,7 @@ def _data(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Split |
     """The data set, the images that this network was trained on, validation images that it was not, and test images."""
     if name is None:
         return None, None, None, None
-    from gconv.data import load_dataset
+    from gconv.training.datasets import load_dataset
 
     data = load_dataset(name)
     spec = source.model.spec
@@ -239,10 +238,9 @@ def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], docum
     import torch
     from matplotlib.figure import Figure
 
-    from gconv import checkpoint
-    from gconv.files import atomic_path
-
-    from .spectra_plot import draw_spectra
+    from analysis.plots.spectra import draw_spectra
+    from gconv.models import checkpoint
+    from gconv.system.files import atomic_path
 
     figure = Figure()
     draw_spectra(figure, document["layers"])

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from gconv.cli import Parser, loading, main_args, number, run
-from gconv.errors import InputError
+from gconv.system.cli import Parser, loading, main_args, number, run
+from gconv.system.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .table import Redundancy
+    from analysis.measures.table import Redundancy
 
 PROG = "python -m analysis.redundancy"
 
@@ -42,7 +42,7 @@ class _Callable(ModuleType):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Redundancy:
-        from .table import redundancy
+        from analysis.measures.table import redundancy
 
         return redundancy(*args, **kwargs)
 
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    """Run the command; returns its exit code (:func:`gconv.system.cli.run`)."""
     args = parser().parse_args(main_args(argv))
     return run(PROG, lambda: _command(args))
 
@@ -88,9 +88,8 @@ def _command(args: argparse.Namespace) -> None:
         raise InputError("--group is for one FILE; several are snapshots, whose records say their group")
 
     with loading():
-        from gconv.files import check_output
-
-        from .table import redundancy, redundancy_over_epochs
+        from analysis.measures.table import redundancy, redundancy_over_epochs
+        from gconv.system.files import check_output
 
     out = None if args.csv is None else check_output(args.csv, force=args.force)
     if len(args.files) > 1:
@@ -143,7 +142,7 @@ def _per_layer(table: Redundancy) -> list[Table]:
 
 def _against_epoch(table: Redundancy) -> list[Table]:
     """The whole network's measures, a row for each epoch; then the first of them, a row for each layer."""
-    from .table import NETWORK
+    from analysis.measures.table import NETWORK
 
     found = {(row["epoch"], row["layer"], *_key(row)): row for row in table.rows}
     epochs = list(dict.fromkeys(row["epoch"] for row in table.rows))

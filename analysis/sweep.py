@@ -14,16 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
-from gconv.cli import Parser, loading, main_args, number, run
-from gconv.errors import InputError, one_of
+from gconv.system.cli import Parser, loading, main_args, number, run
+from gconv.system.errors import InputError, one_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from gconv.data import Split
-
-    from .budget import Budget
-    from .report import ConversionReport
+    from analysis.allocation.budget import Budget
+    from analysis.conversion.report import ConversionReport
+    from gconv.training.datasets import Split
 
 PROG = "python -m analysis.sweep"
 UNITS = ("params", "macs", "latency")
@@ -106,14 +105,13 @@ def sweep(
     wanted = _budgets(unit, budgets)
     requested = [_requested(budget) for budget in wanted]
 
-    from gconv.training import environment
-
-    from .conversion import convert, final_stage, score
-    from .execution import machine
-    from .planning import Planner
-    from .report import ConversionReport
-    from .request import Request
-    from .sensitivity import fingerprint
+    from analysis.allocation.sensitivity import fingerprint
+    from analysis.conversion.convert import convert, final_stage, score
+    from analysis.conversion.planner import Planner
+    from analysis.conversion.report import ConversionReport
+    from analysis.conversion.request import Request
+    from analysis.latency.timing import machine
+    from gconv.training.loop import environment
 
     settings: dict[str, Any] = {
         "form": form, "allocation": allocation, "minimise": minimise, "execution": execution, "seed": seed,
@@ -193,7 +191,7 @@ def _better(one: Row, other: Row, *keys: str) -> bool:
 
 def _budgets(unit: str, values: Sequence[float | str]) -> list[Budget]:
     """The budgets, checked; one that is given twice counts once."""
-    from .budget import Budget
+    from analysis.allocation.budget import Budget
 
     if unit not in UNITS:
         raise one_of("unit", unit, UNITS)
@@ -252,7 +250,7 @@ def _paths(out: str | Path | None, *, force: bool) -> dict[str, Path]:
     """Where the results go, if they may; nowhere without ``out``."""
     if out is None:
         return {}
-    from gconv.files import check_output
+    from gconv.system.files import check_output
 
     paths = {name: Path(out, name) for name in FILES}
     # With sweep.json there, the others are its own; whether it is to be continued is checked afterwards.
@@ -309,7 +307,7 @@ def _text(value: Any) -> str:
 
 
 def _write_json(paths: dict[str, Path], document: dict[str, Any]) -> None:
-    from gconv.files import atomic_path
+    from gconv.system.files import atomic_path
 
     if paths:
         with atomic_path(paths["sweep.json"]) as path:
@@ -322,9 +320,8 @@ def _write_tables(paths: dict[str, Path], document: dict[str, Any]) -> None:
         return
     from matplotlib import pyplot as plt
 
-    from gconv.files import atomic_path
-
-    from .pareto import plot_pareto
+    from analysis.plots.pareto import plot_pareto
+    from gconv.system.files import atomic_path
 
     figure = plot_pareto(document["rows"], document["error"])
     with atomic_path(paths["sweep.csv"]) as table, atomic_path(paths["sweep.png"]) as picture:
@@ -388,7 +385,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    """Run the command; returns its exit code (:func:`gconv.system.cli.run`)."""
     args = parser().parse_args(main_args(argv))
     return run(PROG, lambda: _command(args))
 
@@ -403,8 +400,8 @@ def _command(args: argparse.Namespace) -> None:
     with loading():
         import matplotlib
 
-        from gconv import checkpoint
-        from gconv.training import pick_device
+        from gconv.models import checkpoint
+        from gconv.training.loop import pick_device
 
         from .decompose import _data
 
@@ -477,7 +474,7 @@ def _cells(row: Row, original: Row, errors: Sequence[str], *, wide: bool) -> dic
     """What is shown of a row, by heading."""
     if row["out_of_reach"] is not None:
         return {"parameters": "out of reach"}
-    from .screen import _short
+    from analysis.plots.console import _short
 
     def cost(name: str, text: str) -> str:
         return f"{text} {row[name] / original[name]:.0%}{'*' if row['pareto'][name] else ' '}"

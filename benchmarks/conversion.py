@@ -28,12 +28,12 @@ from torch import nn
 
 import gconv
 from analysis import convert
-from analysis.batchnorm import reestimate_batchnorm
-from analysis.finetuning import finetune
-from gconv.data import Dataset, Split, load_dataset
-from gconv.evaluation import evaluate
-from gconv.files import atomic_path
-from gconv.training import environment
+from analysis.fitting.bn_recalibration import reestimate_batchnorm
+from analysis.fitting.distillation import finetune
+from gconv.system.files import atomic_path
+from gconv.training.datasets import Dataset, Split, load_dataset
+from gconv.training.evaluation import evaluate
+from gconv.training.loop import environment
 
 from .records import command
 

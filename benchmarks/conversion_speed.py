@@ -24,12 +24,12 @@ import torch
 
 import gconv
 from analysis import convert
-from analysis.execution import BUDGET_ROUNDS, latency
-from analysis.report import random_images
-from gconv import tables
-from gconv.data import Split
-from gconv.files import atomic_path
-from gconv.training import environment
+from analysis.conversion.report import random_images
+from analysis.latency.timing import BUDGET_ROUNDS, latency
+from gconv.experiments import tables
+from gconv.system.files import atomic_path
+from gconv.training.datasets import Split
+from gconv.training.loop import environment
 
 from .conversion import CHECKPOINTS, WIDE
 

@@ -25,12 +25,12 @@ from torch import nn
 
 import gconv
 from analysis import convert
-from analysis.finetuning import Distillation, DistilledLoss, finetuning_recipe
-from gconv import tables
-from gconv.data import Dataset
-from gconv.evaluation import evaluate
-from gconv.memory import reuse_freed_memory
-from gconv.training import environment, fit
+from analysis.fitting.distillation import Distillation, DistilledLoss, finetuning_recipe
+from gconv.experiments import tables
+from gconv.system.memory import reuse_freed_memory
+from gconv.training.datasets import Dataset
+from gconv.training.evaluation import evaluate
+from gconv.training.loop import environment, fit
 
 from .conversion import CHECKPOINTS, EPOCHS, HELD_OUT
 from .records import complete

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from gconv.cli import Parser, number
-from gconv.files import atomic_path, check_output
-from gconv.runs import Run, load_records
-from gconv.training import environment
-from gconv.workers import execute
+from gconv.experiments.runs import Run, load_records
+from gconv.experiments.workers import execute
+from gconv.system.cli import Parser, number
+from gconv.system.files import atomic_path, check_output
+from gconv.training.loop import environment
 
 
 def seconds(runs: Sequence[Run], jobs: int) -> list[float]:

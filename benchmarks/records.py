@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from gconv import cli
-from gconv.cli import Parser
-from gconv.errors import InputError, one_of
-from gconv.files import atomic_path
-from gconv.memory import reuse_freed_memory
+from gconv.system import cli
+from gconv.system.cli import Parser
+from gconv.system.errors import InputError, one_of
+from gconv.system.files import atomic_path
+from gconv.system.memory import reuse_freed_memory
 
 
 class Recorded(Protocol):

@@ -20,11 +20,11 @@ import torch
 
 import gconv
 from analysis import filter_banks, redundancy
-from analysis.banks import FilterBank
-from analysis.irreps import irreps
-from analysis.null import NULLS, null_filters
-from gconv.cli import Parser, number
-from gconv.files import atomic_path, check_output
+from analysis.filters.banks import FilterBank
+from analysis.measures.irreps import irreps
+from analysis.measures.null_models import NULLS, null_filters
+from gconv.system.cli import Parser, number
+from gconv.system.files import atomic_path, check_output
 
 BUDGET_SECONDS = 15
 BUDGET_RATIO = 5

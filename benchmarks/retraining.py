@@ -5,7 +5,8 @@ yet (so it can be stopped and continued; hours on two cores), and ``… table`` 
 P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420 parameters, and retrains that by the same
 recipe for the other half; from scratch, a network of the same form and size is trained for all 50, and one of the form
 ``gc``, which has the same size too, by ``python -m gconv.experiments rotmnist``.
-With a weight of ``separability``, the full network is trained under the penalty of :mod:`gconv.penalty`. All on the
+With a weight of ``separability``, the full network is trained under the penalty of
+:mod:`gconv.training.regularization`. All on the
 train and validation images, as nothing is chosen; test errors are read off once per stage.
 """
 
@@ -27,10 +28,11 @@ from matplotlib.ticker import FormatStrFormatter
 
 import gconv
 from analysis import convert
-from analysis.finetuning import Distillation, DistilledLoss
-from gconv import experiments, tables
-from gconv.evaluation import evaluate
-from gconv.training import environment, fit
+from analysis.fitting.distillation import Distillation, DistilledLoss
+from gconv.experiments import __main__ as experiments
+from gconv.experiments import tables
+from gconv.training.evaluation import evaluate
+from gconv.training.loop import environment, fit
 
 from .records import command
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gconv.cli import Parser
-from gconv.errors import one_of
-from gconv.files import atomic_path
+from gconv.system.cli import Parser
+from gconv.system.errors import one_of
+from gconv.system.files import atomic_path
 
 from . import speed_conversions, speed_gpu, speed_layers, speed_networks, speed_processes
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in SECTIONS:
             raise SystemExit(str(one_of("section", name, SECTIONS)))
-    from gconv.memory import reuse_freed_memory
+    from gconv.system.memory import reuse_freed_memory
 
     from .timing import described
 

@@ -15,7 +15,7 @@ import torch
 
 import analysis
 import gconv
-from analysis.execution import BATCH
+from analysis.latency.timing import BATCH
 
 from .timing import interleaved
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gconv
-from gconv.functional import channels_last, from_group_major
+from gconv.functional.expansion import channels_last, from_group_major
 
 from .timing import interleaved
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gconv
-from gconv.memory import forward_memory, training_memory
+from gconv.models.memory import forward_memory, training_memory
 
 from .timing import interleaved
 from .twins import Escnn, Kit, Lists, Plain, TwinCNN, TwinResNet, escnn_exported, has_escnn

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gconv.errors import InputError
+from gconv.system.errors import InputError
 
 FIGURE = "speed.png"
 Rows = list[dict[str, Any]]

@@ -1,7 +1,8 @@
 """What generic compression kits do to a group-equivariant network: decompose its expanded filters as if plain.
 
 Such a kit does not know the group. To it a layer from group to group is an ordinary convolution with the expanded
-filter ``[O S, I S, k, k]`` (:func:`gconv.functional.expand`), which it replaces by a chain of smaller ordinary ones.
+filter ``[O S, I S, k, k]`` (:func:`gconv.functional.expansion.expand`), which it replaces by a chain of smaller
+ordinary ones.
 The chain has free parameters for all S turned copies, and in general it is no longer equivariant
 (:func:`gconv.equivariance_error` says how far from it). Two decompositions, both fitted by tensorly in float64:
 
@@ -10,7 +11,7 @@ The chain has free parameters for all S turned copies, and in general it is no l
 - *CP*, of all four modes: Lebedev et al., "Speeding-up convolutional neural networks using fine-tuned
   CP-decomposition", ICLR 2015.
 
-Lifting and 1x1 layers are left alone, as :func:`analysis.conversion.convert` leaves them.
+Lifting and 1x1 layers are left alone, as :func:`analysis.conversion.convert.convert` leaves them.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from tensorly.cp_tensor import cp_normalize
 from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
-from gconv.conv import GConv2d
-from gconv.cost import cost
-from gconv.errors import InputError, one_of
-from gconv.functional import expand, to_planar
+from gconv.functional.expansion import expand, to_planar
+from gconv.models.cost import cost
+from gconv.nn.conv import GConv2d
+from gconv.system.errors import InputError, one_of
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -208,7 +209,7 @@ def at_parameters(model: Network, kind: str, target: int) -> Network:
 
 
 def at_macs(model: Network, kind: str, target: int, input_shape: Sequence[int] | None = None) -> Network:
-    """As :func:`at_parameters`, with at most ``target`` multiply-accumulates as executed (:mod:`gconv.cost`).
+    """As :func:`at_parameters`, with at most ``target`` multiply-accumulates as executed (:mod:`gconv.models.cost`).
 
     ``input_shape`` is that of one image, by default the model's own.
     """

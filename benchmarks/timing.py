@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from analysis.execution import machine
-from gconv.training import environment
+from analysis.latency.timing import machine
+from gconv.training.loop import environment
 
 _TURN = 0.02
 """Seconds a turn lasts at least: what is over in a fraction of one is called several times, as within a network."""

@@ -1,6 +1,6 @@
 """P4CNN and the p4m-ResNets as other libraries would have them, for comparisons of speed.
 
-Two skeletons, the networks of :mod:`gconv.models` once more, and four kits of layers to fill them with:
+Two skeletons, the networks of :mod:`gconv.models.zoo` once more, and four kits of layers to fill them with:
 
 * :class:`Plain`: ``nn.Conv2d`` and ``nn.BatchNorm2d`` at the expanded width, whose every weight is its own: the *dense
   limit*, in either memory format;
@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gconv.functional import Tables
-from gconv.groups import group
+from gconv.functional.expansion import Tables
+from gconv.groups.point_groups import group
 
 
 class Kit(Protocol):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .cli import Parser, loading, main_args, run
+from gconv.system.cli import Parser, loading, main_args, run
 
 PROG = "python -m gconv.catalog"
 _COLUMNS = ("file", "model", "group", "form", "width", "parameters", "trained on", "seed", "epochs", "test error")
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    """Run the command; returns its exit code (:func:`gconv.system.cli.run`)."""
     args = parser().parse_args(main_args(argv))
     return run(PROG, lambda: print(table(args.checkpoints)))
 
@@ -43,7 +43,7 @@ def _row(path: str) -> tuple[str, ...]:
     from pathlib import Path
 
     with loading():
-        from .checkpoint import layer_choices, read
+        from gconv.models.checkpoint import layer_choices, read
 
     checkpoint = read(path)
     spec, record = checkpoint.model.spec, checkpoint.record

@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .cli import Parser, loading, main_args, run
-from .errors import InputError, one_of
+from gconv.system.cli import Parser, loading, main_args, run
+from gconv.system.errors import InputError, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-    from .models import Model
+    from gconv.models.zoo import Model
 
 PROG = "python -m gconv.export"
 TOLERANCE = 1e-5  # how far class scores may be off, relative to the largest
@@ -59,8 +59,8 @@ def export(net: Model, path: str | Path, format: str = "torch") -> float:
     kind = _format(format)
     import torch
 
-    from .files import atomic_path
-    from .plain import to_plain
+    from gconv.deploy.fuse import to_plain
+    from gconv.system.files import atomic_path
 
     plain = to_plain(net).cpu().float().requires_grad_(False)
     images = torch.rand(3, *net.input_shape, generator=torch.Generator().manual_seed(0))
@@ -223,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    """Run the command; returns its exit code (:func:`gconv.system.cli.run`)."""
     args = parser().parse_args(main_args(argv))
     return run(PROG, lambda: _command(args))
 
@@ -231,12 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(args: argparse.Namespace) -> None:
     # What the user typed is checked before anything slow is imported or read.
     suffix = _format(args.format).suffix
-    from .files import check_output
+    from gconv.system.files import check_output
 
     out = check_output(args.out or f"{Path(args.checkpoint).stem}-exported{suffix}", force=args.force)
 
     with loading():
-        from .checkpoint import load
+        from gconv.models.checkpoint import load
 
     net = load(args.checkpoint)
     if out.exists() and out.samefile(args.checkpoint):

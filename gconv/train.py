@@ -1,4 +1,4 @@
-"""``python -m gconv.train``: train a network from the command line. The work is in :mod:`gconv.training`."""
+"""``python -m gconv.train``: train a network from the command line. The work is in :mod:`gconv.training.loop`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, loading, main_args, number, run
-from .errors import InputError
+from gconv.system.cli import Parser, loading, main_args, number, run
+from gconv.system.errors import InputError
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-    from .data import Dataset
-    from .models import Model
-    from .recipe import Recipe
+    from gconv.models.checkpoint import Checkpoint
+    from gconv.models.zoo import Model
+    from gconv.training.datasets import Dataset
+    from gconv.training.recipe import Recipe
 
 PROG = "python -m gconv.train"
 # As in gconv.MODELS, which would import torch (a test compares them).
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (:func:`gconv.cli.run`)."""
+    """Run the command; returns its exit code (:func:`gconv.system.cli.run`)."""
     args = parser().parse_args(main_args(argv))
     return run(PROG, lambda: _command(args))
 
@@ -91,16 +91,16 @@ class _Run:
 
     def save(self, resume: dict[str, Any] | None = None) -> None:
         """Write the checkpoint; the weights are those of now."""
-        from .checkpoint import save
-        from .distributed import rank
+        from gconv.models.checkpoint import save
+        from gconv.system.distributed import rank
 
         if rank() == 0:
             save(self.model, self.out, record=self.record, resume=resume)
 
     def snapshot(self, epoch: int) -> None:
         """Keep the network as it is now, if it was asked for after this epoch."""
-        from .checkpoint import save
-        from .distributed import rank
+        from gconv.models.checkpoint import save
+        from gconv.system.distributed import rank
 
         if epoch in self.record["snapshots"] and rank() == 0:
             path = self.out.with_suffix("") / f"epoch-{epoch:03d}.pt"
@@ -117,19 +117,19 @@ class _Run:
 
 def _command(args: argparse.Namespace) -> None:
     with loading():
-        from .distributed import joined
+        from gconv.system.distributed import joined
 
     with joined(args.device) as device:
         _train(args, device)
 
 
 def _train(args: argparse.Namespace, device_name: str) -> None:
-    from .checkpoint import read
-    from .data import load_dataset
-    from .distributed import processes, rank
-    from .evaluation import evaluate
-    from .memory import reuse_freed_memory
-    from .training import environment, fit, pick_device
+    from gconv.models.checkpoint import read
+    from gconv.system.distributed import processes, rank
+    from gconv.system.memory import reuse_freed_memory
+    from gconv.training.datasets import load_dataset
+    from gconv.training.evaluation import evaluate
+    from gconv.training.loop import environment, fit, pick_device
 
     device = pick_device(device_name)
     if args.tensorboard is not None:
@@ -187,8 +187,8 @@ def _train(args: argparse.Namespace, device_name: str) -> None:
 
 def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, Any]) -> _Run:
     """The unfinished run in a checkpoint, which goes on as it began."""
-    from .files import check_output
-    from .recipe import Recipe
+    from gconv.system.files import check_output
+    from gconv.training.recipe import Recipe
 
     given = [name for name in (*_NEW_RUN_OPTIONS, *_RECIPE_OPTIONS) if getattr(args, name) is not None]
     if given:
@@ -215,9 +215,9 @@ def _continued(args: argparse.Namespace, start: Checkpoint, resume: dict[str, An
 
 def _check_new(args: argparse.Namespace) -> Path:
     """Where a new run is written. What is wrong with its options is said before its data is read."""
-    from .errors import one_of
-    from .files import check_output
-    from .training import PRECISIONS
+    from gconv.system.errors import one_of
+    from gconv.system.files import check_output
+    from gconv.training.loop import PRECISIONS
 
     if args.resume is not None:
         given = [f"--{name}" for name in _NEW_RUN_OPTIONS if getattr(args, name) is not None]
@@ -244,7 +244,7 @@ def _check_new(args: argparse.Namespace) -> Path:
 
 
 def _new_model(args: argparse.Namespace, **data: int) -> Model:
-    from .models import create_model
+    from gconv.models.zoo import create_model
 
     try:
         return create_model(args.model, group=args.group, width=args.width, separable=args.separable, **data)
@@ -294,8 +294,8 @@ def _begun(args: argparse.Namespace, start: Checkpoint | None, data: Dataset, ou
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that the options start from."""
-    from .errors import one_of
-    from .recipe import RECIPES
+    from gconv.system.errors import one_of
+    from gconv.training.recipe import RECIPES
 
     if args.recipe is not None and args.recipe.lower() not in RECIPES:
         raise one_of("recipe", args.recipe, RECIPES)
@@ -316,7 +316,7 @@ def _logs(args: argparse.Namespace, done: list[dict[str, Any]]) -> tuple[Callabl
     if args.history is not None:
 
         def write_lines(history: list[dict[str, Any]]) -> None:
-            from .files import atomic_path
+            from gconv.system.files import atomic_path
 
             with atomic_path(args.history) as path:
                 path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in history), encoding="utf-8")

@@ -116,7 +116,7 @@ def test_targets_depend_on_the_stamp_and_the_stamp_on_what_decides_the_install()
     rules = dict(re.findall(r"^([\w./]+):[ \t]*(.*)$", database, flags=re.MULTILINE))
     for target in ("demo", "test", "check"):
         assert rules[target].split() == [".venv/.installed"]
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gconv" / "csrc").iterdir()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gconv" / "kernels" / "csrc").iterdir()}
     decides = {"pyproject.toml", "constraints.txt", "Makefile", "setup.py"} | sources
     assert set(rules[".venv/.installed"].split()) == decides
 

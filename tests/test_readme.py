@@ -10,10 +10,11 @@ import pytest
 
 import analysis
 import gconv
-from analysis.screen import _change
+from analysis.plots.console import _change
 from benchmarks import conversion, conversion_speed, plain_conversion, retraining, speed, speed_report
-from gconv import experiments, runs, tables
 from gconv.catalog import table
+from gconv.experiments import __main__ as experiments
+from gconv.experiments import runs, tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ def test_the_table_of_speed_is_made_from_the_records() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_what_the_wide_separable_resnet_takes(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
-    monkeypatch.setattr("gconv.choice.variants", lambda: {1: 16} if compiled else {})
+    monkeypatch.setattr("gconv.kernels.dispatch.variants", lambda: {1: 16} if compiled else {})
     net = gconv.create_model("gc-p4m-resnet44")
     counted = gconv.cost(net, net.input_shape)
     published, executed = (f"{count / 1e9:.2f} G" for count in (counted.macs_published, counted.macs_executed))

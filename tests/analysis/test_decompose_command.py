@@ -19,11 +19,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import gconv.data
 import gconv.train
-from analysis import ConversionReport, conversion, convert, decompose, execution, fresh, planning, spectra_plot
+import gconv.training.datasets
+from analysis import ConversionReport, convert, decompose
+from analysis.conversion import convert as conversion
+from analysis.conversion import planner as planning
+from analysis.latency import isolated as fresh
+from analysis.latency import timing as execution
+from analysis.plots import spectra as spectra_plot
 from gconv import SeparableGConv2d, Split, cost, create_model, evaluate, load, read, save
-from gconv.checkpoint import layer_choices
+from gconv.models.checkpoint import layer_choices
 
 PROG = decompose.PROG
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "p4cnn-rotdigits.pt"
@@ -85,7 +90,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return gconv.data.load_dataset("rotdigits")
+    return gconv.training.datasets.load_dataset("rotdigits")
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def few(digits, monkeypatch):
 
     sizes = {"train": 300, "validation": 60, "test": 60}
     data = dataclasses.replace(digits, **{name: first(getattr(digits, name), count) for name, count in sizes.items()})
-    monkeypatch.setattr(gconv.data, "load_dataset", {"rotdigits": data}.__getitem__)
+    monkeypatch.setattr(gconv.training.datasets, "load_dataset", {"rotdigits": data}.__getitem__)
     return data
 
 
@@ -362,7 +367,7 @@ def test_the_report_is_of_the_file(monkeypatch):
                 layer.execution = "factorized"
         save(model, path, **kwargs)
 
-    monkeypatch.setattr("gconv.checkpoint.save", saves_factorized)
+    monkeypatch.setattr("gconv.models.checkpoint.save", saves_factorized)
     document = report_of(run(small(), "--form", "gc", "--rank", 1, "--execution", "dense", "--json"))
     assert {row["execution"] for row in document["layers"]} == {"factorized"}
     assert document["macs_executed"][1] == cost(load("small-converted/converted.pt"), (1, 28, 28)).macs_executed
@@ -813,7 +818,7 @@ def test_a_saved_network_that_differs_from_the_one_reported_is_a_failure(monkeyp
         other.load_state_dict(state)
         save(other, path, **kwargs)
 
-    monkeypatch.setattr("gconv.checkpoint.save", saves_another)
+    monkeypatch.setattr("gconv.models.checkpoint.save", saves_another)
     path = small()
     with pytest.raises(RuntimeError, match=r"not the converted one: conv3\.mix differs"):
         run(path, "--form", "gc", "--rank", 1)

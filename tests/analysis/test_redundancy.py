@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from analysis import block_redundancy, filter_banks, redundancy, redundancy_over_epochs
-from analysis.measures import MEASURED_FORMS
+from analysis.measures.measures import MEASURED_FORMS
+from analysis.measures.table import COLUMNS, NETWORK
 from analysis.redundancy import main
-from analysis.table import COLUMNS, NETWORK
 from gconv import GConv2d, InputError, LiftingConv2d, create_model, load, save
-from gconv.functional import expand
+from gconv.functional.expansion import expand
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 TRAINED = CHECKPOINTS / "p4cnn-rotmnist-regen.pt"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gconv import RECIPES, Recipe, equivariance_error, evaluate, load_dataset, read
-from gconv.tables import PUBLISHED as PUBLISHED_TABLE
+from gconv.experiments.tables import PUBLISHED as PUBLISHED_TABLE
 
 FOLDER = Path(__file__).parents[2] / "checkpoints"
 PATHS = sorted(FOLDER.glob("*.pt"))

@@ -22,8 +22,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import analysis
-import gconv.data
-from analysis import conversion, convert, execution, pareto, planning
+import gconv.training.datasets
+from analysis import convert
+from analysis.conversion import convert as conversion
+from analysis.conversion import planner as planning
+from analysis.latency import timing as execution
+from analysis.plots import pareto
 from analysis.sweep import COSTS, ERRORS, FILES, PROG, main, mark_pareto, parser, print_sweep, sweep
 from gconv import (
     GConv2d,
@@ -554,11 +558,11 @@ def test_the_command_writes_prints_and_goes_on(checkpoint, converted):
 @pytest.mark.parametrize("trained_on", ["train", "train and validation"])
 def test_validation_images_that_the_network_has_seen_are_no_validation(trained_on, monkeypatch):
     given = {}
-    data = gconv.data.Dataset("few", "", *(images(n, n) for n in (4, 5, 6)), "digest")
-    data = gconv.data.Dataset(
+    data = gconv.training.datasets.Dataset("few", "", *(images(n, n) for n in (4, 5, 6)), "digest")
+    data = gconv.training.datasets.Dataset(
         "few", "some", *(Split(torch.rand(n, 1, 28, 28), torch.arange(n)) for n in (4, 5, 6)), "digest"
     )
-    monkeypatch.setattr(gconv.data, "load_dataset", lambda name: data)
+    monkeypatch.setattr(gconv.training.datasets, "load_dataset", lambda name: data)
     monkeypatch.setattr(sys.modules["analysis.sweep"], "sweep", lambda *_, **kwargs: given.update(kwargs) or 1 / 0)
     save(create_model("p4cnn", width=2), "small.pt", record={"trained_on": trained_on})
     with pytest.raises(ZeroDivisionError):

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from analysis.finetuning import Distillation, finetuning_recipe
+from analysis.fitting.distillation import Distillation, finetuning_recipe
 from benchmarks import finetuning
 from benchmarks.finetuning import RUNS, WAYS, Run
 

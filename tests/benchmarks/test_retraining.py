@@ -10,7 +10,7 @@ import pytest
 import gconv
 from benchmarks import retraining
 from benchmarks.retraining import RUNS, Run
-from gconv.runs import Run as Scratch
+from gconv.experiments.runs import Run as Scratch
 
 
 @pytest.fixture

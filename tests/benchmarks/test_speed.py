@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import gconv
-from analysis.budget import Budget
+from analysis.allocation.budget import Budget
 from benchmarks import speed, speed_conversions, speed_layers, speed_networks, speed_report, timing
 from benchmarks.timing import interleaved, summary
-from gconv.errors import InputError
+from gconv.system.errors import InputError
 
 
 def row(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gconv
-from analysis.batchnorm import reestimate_batchnorm
+from analysis.fitting.bn_recalibration import reestimate_batchnorm
 from benchmarks import tensor_baselines
 from benchmarks.tensor_baselines import (
     KINDS,
@@ -23,8 +23,8 @@ from benchmarks.tensor_baselines import (
     ranks_at,
     tucker2,
 )
-from gconv.cost import cost
-from gconv.functional import to_planar
+from gconv.functional.expansion import to_planar
+from gconv.models.cost import cost
 
 SHAPE = (1, 28, 28)
 SAMPLINGS = [{"stride": 1}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2, "bias": False}]

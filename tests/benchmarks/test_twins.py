@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import gconv
 from benchmarks.speed_networks import twin
 from benchmarks.twins import Escnn, Kit, Lists, Plain, TwinCNN, _ListConv, escnn_exported, has_escnn
-from gconv.functional import expand
+from gconv.functional.expansion import expand
 
 NAMES = {"p4cnn": 4, "p4m-resnet44": 8}
 

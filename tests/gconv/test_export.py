@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import analysis
-from gconv import plain
-from gconv.conv import SeparableGConv2d
-from gconv.cost import cost
-from gconv.errors import InputError
+from gconv.deploy import lowering as plain
+from gconv.deploy.fuse import to_plain
 from gconv.export import export
-from gconv.groups import GROUPS
-from gconv.models import MODELS, Model, create_model
-from gconv.plain import to_plain
-from gconv.pool import GroupMeanPool
-from gconv.separable import FORMS
+from gconv.functional.forms import FORMS
+from gconv.groups.point_groups import GROUPS
+from gconv.models.cost import cost
+from gconv.models.zoo import MODELS, Model, create_model
+from gconv.nn.conv import SeparableGConv2d
+from gconv.nn.pooling import GroupMeanPool
+from gconv.system.errors import InputError
 
 exporting = import_module("gconv.export")  # the module; gconv.export is the function
 FORMATS = ("torch", "pt2", "onnx")

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gconv.checkpoint import load, save
 from gconv.export import main
-from gconv.models import create_model
+from gconv.models.checkpoint import load, save
+from gconv.models.zoo import create_model
 
 exporting = import_module("gconv.export")  # the module; gconv.export is the function
 

@@ -18,14 +18,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gconv import checkpoint, data, evaluation, training
-from gconv.conv import SeparableGConv2d
-from gconv.data import Dataset, Split, load_dataset
-from gconv.evaluation import Score, evaluate
-from gconv.models import MODELS, Model, create_model
-from gconv.recipe import Recipe
+from gconv.models import checkpoint
+from gconv.models.zoo import MODELS, Model, create_model
+from gconv.nn.conv import SeparableGConv2d
 from gconv.train import main
-from gconv.training import fit
+from gconv.training import datasets as data
+from gconv.training import evaluation
+from gconv.training import loop as training
+from gconv.training.datasets import Dataset, Split, load_dataset
+from gconv.training.evaluation import Score, evaluate
+from gconv.training.loop import fit
+from gconv.training.recipe import Recipe
 
 SMALL = ("rotdigits", "--model", "p4cnn", "--width", "2")
 TIMELESS = ("seconds", "environment")
@@ -428,7 +431,7 @@ def test_what_cannot_be_written_is_told_before_training(monkeypatch, train):
 
 
 def python(*argv: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(data.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(data.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "100"}
     return subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, check=False)
 
@@ -689,7 +692,7 @@ def test_an_unknown_precision_or_recipe_is_told_before_anything_is_read(monkeypa
 
 
 def test_compile_without_a_compiler_is_one_line(tmp_path):
-    paths = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1]), "PATH": "", "CXX": "/none"}
+    paths = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2]), "PATH": "", "CXX": "/none"}
     environment = {**paths, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     argv = [sys.executable, "-m", "gconv.train", *SMALL, "--compile", "--out", "net.pt"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)

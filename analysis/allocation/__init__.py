@@ -1,0 +1,1 @@
+"""Which form and rank each layer gets under a budget."""

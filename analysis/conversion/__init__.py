@@ -1,0 +1,1 @@
+"""Converting a network: the request, the plan, the build and the report."""

@@ -1,0 +1,95 @@
+"""Building the network that a plan describes: every layer fitted behind the converted ones before it, then refined."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from analysis.allocation.options import Choice
+from analysis.fitting.alternating import fit
+from analysis.fitting.bn_recalibration import reestimate_batchnorm
+from analysis.fitting.moments import channel_weights, collect_moments, passes
+from analysis.fitting.reconstruction import refine, refinement_steps
+from gconv.functional.forms import FORMS, Execution
+from gconv.models.cost import cost
+from gconv.nn.conv import SeparableGConv2d
+
+from .request import Request
+
+_IMAGES = 4000  # training images that layers are fitted on; the statistics of batch norm come from all
+_IMAGES_WORK = 8 * 10**11  # multiply-accumulates of a forward pass of these; large networks take fewer images
+_PATCHES = 100_000
+_WEIGHT_IMAGES = 512  # for what an error in each channel costs
+_WEIGHT_WORK = 4 * 10**11  # likewise
+_BATCHNORM_IMAGES = 2000  # between the layers; at the end all
+_PASSES = 8  # at most so many groups of layers are fitted one after the other
+_PASSES_WORK = 5 * 10**12  # multiply-accumulates of their forward passes together; large networks take fewer groups
+
+Plan = dict[str, Choice]
+
+
+@dataclass
+class Built:
+    """A converted network.
+
+    Attributes:
+        network: the network.
+        errors: relative output error of each layer that was fitted.
+        refinement_steps: how many each layer was refined for.
+    """
+
+    network: nn.Module
+    errors: dict[str, float] = field(default_factory=dict)
+    refinement_steps: int = 0
+
+
+def build(request: Request, plan: Plan) -> Built:
+    """The converted network; batch norm is re-estimated only as far as the fit needs it."""
+    built = Built(copy.deepcopy(request.before))
+    after, layers = built.network, request.layers
+    names = [name for name, choice in plan.items() if choice.option is not None]
+    if not request.outputs:
+        for name in names:
+            form, rank, execution = _settings(request, plan[name])
+            after.set_submodule(name, SeparableGConv2d.from_dense(layers[name], form, rank, execution))
+        return built
+    if not names:
+        return built
+    assert request.train is not None
+    train, macs = request.train.images, request.costs.macs_executed
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(request.seed))
+    images = train[order[: min(_IMAGES, max(1, _IMAGES_WORK // macs))]]
+    some = images[: min(_WEIGHT_IMAGES, max(1, _WEIGHT_WORK // macs))]
+    weights = channel_weights(request.before, names, some, seed=request.seed)
+    executions: dict[str, Execution] = {}
+    # Inputs, outputs, and batch norm thereafter.
+    number = max(1, min(_PASSES, _PASSES_WORK // (3 * macs * len(images))))
+    for group in passes(request.before, names, -(-len(names) // number)):
+        moments = collect_moments(request.before, after, group, images, seed=request.seed, patches=_PATCHES)
+        for name in group:
+            layer, (form, rank, execution) = layers[name], _settings(request, plan[name])
+            fitted = fit(layer, FORMS[form], rank, moments.pop(name), weights=weights[name])
+            built.errors[name] = fitted.error
+            new = SeparableGConv2d.from_factors(layer, form, fitted.mix, fitted.spatial, fitted.bias, execution)
+            executions[name] = new.execution
+            if "irrep" not in new.form.executions:
+                new.execution = "dense"  # in here: the maps that the other forms make are many times larger
+            after.set_submodule(name, new)
+        reestimate_batchnorm(after, images[:_BATCHNORM_IMAGES])
+    together = macs + cost(after, request.size).macs_executed
+    built.refinement_steps = refinement_steps(len(names), together, len(train))
+    refine(request.before, after, names, train, built.refinement_steps, seed=request.seed)
+    for name, as_planned in executions.items():
+        done = after.get_submodule(name)
+        assert isinstance(done, SeparableGConv2d)
+        done.execution = as_planned
+    return built
+
+
+def _settings(request: Request, choice: Choice) -> tuple[str, int, str | None]:
+    option = choice.option
+    assert option is not None and option.form is not None and option.rank is not None
+    return option.form, option.rank, option.execution if request.execution == "auto" else request.execution

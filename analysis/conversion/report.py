@@ -1,0 +1,196 @@
+"""The report of a conversion: what was done to each layer, and what it costs and loses, as measured."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.latency.isolated import fresh_latency
+from analysis.latency.timing import BATCH, latency
+from gconv.models.cost import cost
+from gconv.models.equivariance import equivariance_error
+from gconv.models.memory import forward_memory
+from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.system.errors import InputError
+
+_OUTPUT_IMAGES = 4
+_ROUNDING = 1e-8  # far above what float64 loses in a deep network, far below what a broken symmetry costs
+
+
+@dataclass
+class LayerReport:
+    """What happened to one group-to-group layer.
+
+    Attributes:
+        name: its name in the network.
+        group: its group.
+        shape: ``[O, I, S, k, k]`` of the full filter.
+        explained_energy: for each form the share of energy kept at rank 1, 2, ….
+        form: the form it was given, None if it was left as it was.
+        rank: its rank in that form.
+        execution: how it runs.
+        why: the reasons for that choice, in words.
+        weight_error: relative Frobenius error of the filter.
+        fit_error: relative error of the layer's output on training images when it was fitted; None without data.
+        milliseconds: of the layer alone, before and after, where the execution was chosen by time.
+        parameters: of the layer, before and after; likewise the MACs of one image (:func:`gconv.cost`).
+        macs_published: in the published convention.
+        macs_executed: as executed.
+    """
+
+    name: str
+    group: str
+    shape: tuple[int, ...]
+    explained_energy: dict[str, list[float]]
+    form: str | None
+    rank: int | None
+    why: str
+    execution: str | None = None
+    weight_error: float = 0.0
+    fit_error: float | None = None
+    milliseconds: tuple[float, float] | None = None
+    parameters: tuple[int, int] = (0, 0)
+    macs_published: tuple[int, int] = (0, 0)
+    macs_executed: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did. Pairs are (before, after); everything is plain data after :meth:`to_dict`.
+
+    Attributes:
+        request: the form and budget that were asked for, and how they were met.
+        layers: one row per group-to-group layer.
+        parameters: of the whole network; likewise the MACs of one image (:func:`gconv.cost`).
+        macs_published: in the published convention.
+        macs_executed: as executed.
+        output_error: relative error of the class scores on seeded random images, before any fine-tuning.
+        equivariance_error: for one seeded random image the largest relative change of the class scores over the group,
+            in float64: at rounding level where the network is invariant.
+        latency: median milliseconds a batch, and with what it was measured: under a latency budget by a new ``process``
+            that loads both networks (:mod:`analysis.latency.isolated`), else by the converting one. ``original`` are
+            those of the
+            original at all times when it was measured: how steady the machine's speed was.
+        memory: peak bytes of the live tensors in a forward pass of one image, beside weights and input.
+        accuracy: error in per cent at each stage: on the test images, and under ``validation`` on those.
+        sensitivity: the options of each layer with their measured errors
+        (:func:`analysis.allocation.sensitivity.to_table`), to
+            be used again; None if they were not measured.
+        refinement_steps: how many each fitted layer was refined for; 0 where it was not.
+        finetuning: recipe and history, None without.
+        notes: what was not measured, and why.
+    """
+
+    request: dict[str, Any]
+    layers: list[LayerReport]
+    parameters: tuple[int, int] = (0, 0)
+    macs_published: tuple[int, int] = (0, 0)
+    macs_executed: tuple[int, int] = (0, 0)
+    output_error: float = 0.0
+    equivariance_error: tuple[float, float] = (0.0, 0.0)
+    latency: dict[str, Any] = field(default_factory=dict)
+    memory: tuple[int, int] = (0, 0)
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] | None = None
+    refinement_steps: int = 0
+    finetuning: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in ``report.json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ConversionReport:
+        """The report that :meth:`to_dict` described."""
+        return cls(**{**data, "layers": [LayerReport(**row) for row in data["layers"]]})
+
+    def measure(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
+        """Fill in costs, equivariance errors, latency and memory, and each layer's row, from two networks in eval mode.
+
+        Everything is read off the networks, so that the report of a network loaded from a file is true of the file.
+        """
+        costs = [cost(network, input_shape) for network in (before, after)]
+        rows = [{row.name: row for row in total.layers} for total in costs]
+        for key in ("parameters", "macs_published", "macs_executed"):
+            setattr(self, key, tuple(getattr(total, key) for total in costs))
+            for layer in self.layers:
+                setattr(layer, key, tuple(getattr(row[layer.name], key) for row in rows))
+        for layer in self.layers:
+            self._describe(layer, before.get_submodule(layer.name), after.get_submodule(layer.name))
+        images = random_images(before, input_shape, seed)
+        one = images[:1].double()
+        doubled = (copy.deepcopy(network).double() for network in (before, after))
+        group = next(module.group for module in before.modules() if isinstance(module, (GConv2d, SeparableGConv2d)))
+        first, second = (equivariance_error(network, group, one) for network in doubled)
+        self.equivariance_error = (first.max, second.max)
+        if first.max > _ROUNDING:
+            self.note("the network as given is not invariant: a stride that does not fit its map, or its head")
+            for inexact in first.inexact:
+                self.note(str(inexact))
+        if self.request.get("budget") == "latency":
+            original = self.latency.get("original", [])
+            self.latency = fresh_latency(before, after, images, self.note, known=min(original, default=math.inf))
+            self.latency["original"] = [*original, self.latency["milliseconds"][0]]
+            self._compare_with_budget()
+        else:
+            self.latency = {**latency(before, after, images), "process": "converting"}
+        self.memory = (forward_memory(before, images[:1]), forward_memory(after, images[:1]))
+
+    def _compare_with_budget(self) -> None:
+        """Say so where the saved network, measured again, takes longer than the budget that it met when chosen."""
+        if "value" in self.request:
+            before, after = self.latency["milliseconds"]
+            limit = self.request["value"] * (before if self.request["fraction"] else 1)
+            if after > limit:
+                self.note(
+                    f"measured again the network takes {after:.3g} ms, where the budget, within which it was when "
+                    f"chosen, is {limit:.3g} ms: the machine's speed is not the same from one time to the other"
+                )
+
+    def measure_output(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
+        """Fill in the error of the class scores.
+
+        Raises:
+            InputError: scores are NaN or infinite.
+        """
+        images = random_images(before, input_shape, seed)[:_OUTPUT_IMAGES]
+        with torch.no_grad():
+            expected, got = before(images).double(), after(images).double()
+        for network, scores in (("network as given", expected), ("converted network", got)):
+            if not torch.isfinite(scores).all():
+                raise InputError(f"the class scores of the {network} are NaN or infinite on random images in [0, 1)")
+        norm, difference = expected.norm().item(), (got - expected).norm().item()
+        self.output_error = difference / norm if norm else difference
+
+    def _describe(self, row: LayerReport, before: nn.Module, after: nn.Module) -> None:
+        assert isinstance(before, (GConv2d, SeparableGConv2d)) and isinstance(after, (GConv2d, SeparableGConv2d))
+        row.weight_error = relative_error(after.weight, before.weight)
+        if isinstance(after, SeparableGConv2d):
+            row.execution = after.execution
+        if row.form is not None:
+            assert isinstance(after, SeparableGConv2d)
+            row.form, row.rank = after.form.name, after.rank
+
+    def note(self, text: str) -> None:
+        """Add to the notes what is not among them yet."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def random_images(model: nn.Module, input_shape: Sequence[int], seed: int) -> Tensor:
+    """The seeded images that a report is measured on, with the model's device and type."""
+    images = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(seed))
+    return images.to(next(model.parameters()))
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """The Frobenius norm of the difference, relative to that of the reference."""
+    norm = reference.double().norm().item()
+    return (value.double() - reference.double()).norm().item() / norm if norm else 0.0

@@ -1,0 +1,1 @@
+"""Filter banks: the group-convolution filters of any network or file."""

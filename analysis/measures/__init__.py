@@ -1,0 +1,1 @@
+"""How redundant filters are: spectra, irreducible representations, null models."""

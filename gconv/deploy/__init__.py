@@ -1,0 +1,1 @@
+"""Networks for inference: batch norm folded, layers lowered to ordinary ones."""

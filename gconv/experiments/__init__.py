@@ -1,0 +1,1 @@
+"""``python -m gconv.experiments``: many training runs, one record each, and their tables."""

@@ -1,0 +1,1 @@
+"""Group convolution as functions of tensors: filter expansion, separable forms, group mixing."""

@@ -1,0 +1,1 @@
+"""The symmetry groups of the pixel grid, and their irreducible representations."""

@@ -1,0 +1,145 @@
+"""Weights that others wrote: files of tensors in the usual formats, and live layers of escnn."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gconv.groups.point_groups import Group
+from gconv.models import checkpoint
+from gconv.models.zoo import Model
+from gconv.system.errors import InputError
+
+from .recognition import Fit, layout_of, read
+
+# Where training scripts keep the state dict in a larger dictionary, and what wrappers put before every name in it.
+_NESTS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_ACCEPTED = "a gconv checkpoint, or a state dict in .pt, .pth or .safetensors"
+
+
+def load_source(path: str | Path) -> Model | dict[str, Tensor]:
+    """What a file of weights holds: the network of a gconv checkpoint, or the tensors of a bare state dict by name.
+
+    Files of ``torch.save`` in either of its formats, read with ``weights_only=True``, and ``.safetensors``. The state
+    dict may be nested under ``state_dict``, ``model_state_dict`` or ``model``, and its names may begin with the
+    ``module.`` of a wrapper, which is taken off. A flipped bit is noticed in the zip format alone, as only that has
+    checksums; elsewhere it is when it damages the structure, or makes an entry infinite or NaN.
+
+    Raises:
+        InputError: there is no such file, it is a directory or damaged, it holds no tensors, or anything that would
+            have to be executed, or entries that are not finite. One line that names the file.
+    """
+    path = Path(path)
+    content = _content(path)
+    if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
+        return checkpoint.load(path)
+    return plain_state(content, path)
+
+
+def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
+    """The dense tensors in a state dict by name, unnested and without the prefixes of wrappers.
+
+    Args:
+        content: a mapping of names to tensors, or one that holds it under one of the usual keys.
+        source: what error messages call it.
+
+    Raises:
+        InputError: there are no tensors, or some have NaN or infinite entries.
+    """
+    for _ in _NESTS:  # at most so deep: a dictionary may contain itself
+        if isinstance(content, Mapping):
+            content = next((inner for key in _NESTS if isinstance(inner := content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{source} holds a {type(content).__name__}; accepted: a state dict, tensors by name")
+    state = {str(name): tensor.detach() for name, tensor in content.items() if _is_dense(tensor)}
+    if not state:
+        keys = ", ".join(_NESTS)
+        raise InputError(f"{source} holds no tensors; accepted: a state dict, tensors by name, itself or under {keys}")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    # Floats of 8 bits are no weights yet, and PyTorch cannot always say whether they are finite.
+    checkpoint.check_finite({name: tensor for name, tensor in state.items() if tensor.itemsize > 1}, source)
+    return state
+
+
+def is_steerable(module: nn.Module) -> bool:
+    """Whether a module is escnn's and has a filter that it expands; the package need not be installed to ask."""
+    theirs = any(base.__module__.partition(".")[0] == "escnn" for base in type(module).__mro__)
+    return theirs and hasattr(module, "expand_parameters")
+
+
+def read_steerable(module: Any) -> tuple[Group, Fit] | str:
+    """The group and generator of a live escnn ``R2Conv``; or, in words, why it has none.
+
+    Handled are regular or trivial to regular fields of the groups that act exactly on the pixel grid: C1, C2, C4, D1,
+    D2, D4. The order of the elements is taken from the matrices by which they act. Where D1 reverses columns, as it
+    does by default, the kernels are given turned by 90 degrees, for our pm reverses rows.
+    """
+    if not any(base.__name__ == "R2Conv" for base in type(module).__mro__):
+        return f"an escnn {type(module).__name__}; accepted: R2Conv"
+    source, target = module.in_type, module.out_type
+    elements = target.fibergroup.elements  # None for a continuous group
+    layout = layout_of([_on_pixels(target.gspace.basespace_action(g)) for g in elements]) if elements else None
+    if layout is None:
+        return f"its group {target.gspace.name} does not act exactly on the pixel grid"
+    planar = all(field.is_trivial() for field in source.representations)
+    fields = target.representations if planar else [*source.representations, *target.representations]
+    if layout.group.order > 1 and any(field.name != "regular" for field in fields):
+        kinds = sorted({field.name for field in (*source.representations, *target.representations)})
+        return f"its fields are {', '.join(kinds)}; accepted: regular or trivial to regular fields"
+    if module.groups != 1:
+        return f"an escnn layer in {module.groups} groups of channels; accepted: 1"
+    with torch.no_grad():
+        expanded, _ = module.expand_parameters()
+    return layout.group, read(expanded.double().cpu(), layout, lifting=planar)
+
+
+def _on_pixels(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A matrix on (x, y), y going up, as one on (row, column)."""
+    frame = np.array([[0, -1], [1, 0]])
+    return frame @ matrix @ frame.T
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _content(path: Path) -> Any:
+    """What a file holds, as it is; whatever goes wrong while it is decoded is the file's fault."""
+    try:
+        if not path.is_file():
+            return checkpoint.read_plain(path)  # says what is wrong
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        with path.open("rb") as file:
+            pickled = file.read(1) == pickle.PROTO
+        if pickled:  # the format of before PyTorch 1.6: no archive, no checksums
+            with warnings.catch_warnings(action="ignore"):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint.read_plain(path)
+    except InputError as error:
+        raise InputError(_one_line(error)) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is damaged, or holds objects that are not plain data; nothing in it was executed"
+        ) from error
+    except Exception as error:
+        what = f"{path} is damaged, or not what its name says ({_one_line(error)})"
+        raise InputError(f"{what}; accepted: {_ACCEPTED}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

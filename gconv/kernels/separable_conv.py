@@ -1,0 +1,273 @@
+"""The forms ``gc`` and ``gc_in`` by a compiled kernel: mix and planar kernels in one pass over the maps.
+
+One after the other, on whole maps, the two are a matter of memory. ``csrc/separable.c`` takes an image by rows, or by
+bands of rows where channels are few, so that what lies between them stays in the cache, forward and backward. It is for
+maps on a CPU, in single precision and as the layers give them; everywhere else the operations of PyTorch do the same
+(:meth:`gconv.functional.forms.Form.run`).
+
+A small layer is over in a fraction of a millisecond, in which few operations of PyTorch can be called. So the kernel is
+given a layer's parameters as they are and gives back their gradients, and what it needs to know of a layer's size is
+made once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gconv.functional.expansion import Sampling, Tables, from_group_major, lies_grouped, new_grouped, to_group_major
+from gconv.functional.forms import FORMS, FilterShape
+from gconv.functional.mixing import basis_on
+from gconv.groups.point_groups import Group
+from gconv.system.errors import InputError
+
+from .dispatch import Sizes, basis_for, best, rounded
+from .library import address, call, takes
+
+MOST_K, MOST_ORDER = 15, 8  # as in csrc/separable.c
+_LARGEST = 2**31 - 1  # of an int there
+
+_int, _pointer = ctypes.c_int, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _int) for name in ("order", "in_channels", "out_channels", "rank", "planar_first")),
+        *((name, _int) for name in ("k", "stride", "padding", "height", "width", "out_height", "out_width")),
+        *((name, _int) for name in ("products", "in_basis", "biased", "weights", "weights_back")),
+        *((name, _pointer) for name in ("table", "matrices", "basis", "pixels")),
+    )
+
+
+class _Product(NamedTuple):
+    """One of the matrix products that a mix is a sum of, as a row of the table of ``csrc/separable.c``."""
+
+    read: int
+    depth: int
+    written: int
+    columns: int
+    added: bool
+    added_back: bool
+    packed: int
+    packed_back: int
+    term: int
+    size: int
+    matrices: int
+    first: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """What the compiled kernel is told of a layer, whatever its parameters are; obtained from :func:`kernel_of`.
+
+    The parameters, in the shapes of the forms ``gc`` and ``gc_in``, are ``mix``, ``spatial`` and a bias ``[O]`` or
+    None. Maps are ``[N, C, S, H, W]`` and lie as :func:`gconv.functional.expansion.lies_grouped` says.
+
+    Attributes:
+        group: of the layer.
+        sizes: of the layer.
+        in_basis: whether the mix is in the irreducible representations of the group.
+        biased: whether there is a bias.
+        variant: which version of the kernel.
+        lanes: to a multiple of what that rounds channels up.
+        table: ``[P, 12]``, the matrix products of the mix, each a :class:`_Product`.
+        matrices: what the products are made from: for every kind of block ``[S, d, d]``, one after the other.
+        basis: ``[S, S]``.
+        pixels: ``[S, k k]``, where the entries of the turned planar kernels come from.
+        weights: how many values the packed matrices have.
+        weights_back: how many the packed transposed ones.
+    """
+
+    group: Group
+    sizes: Sizes
+    in_basis: bool
+    biased: bool
+    variant: int
+    lanes: int
+    table: Tensor
+    matrices: Tensor
+    basis: Tensor
+    pixels: Tensor
+    weights: int
+    weights_back: int
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+        """Of the parameters."""
+        s, i, o, rank, planar_first, k, *_ = self.sizes
+        mix, spatial = FORMS["gc_in" if planar_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
+        return mix, spatial, (o,) if self.biased else None
+
+    @property
+    def planes(self) -> int:
+        """How many values the packed planar kernels have."""
+        sizes = self.sizes
+        channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
+        return sizes.rank * sizes.k**2 * rounded(channels, self.lanes)
+
+    @property
+    def biases(self) -> int:
+        """How many the packed bias has."""
+        return rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it runs on this map, which :func:`gconv.kernels.library.takes` takes."""
+        return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and lies_grouped(x)
+
+    def adds(self, more: Tensor | None, x: Tensor) -> bool:
+        """Whether it can add this map, if any, to what becomes of x."""
+        if more is None:
+            return True
+        shape = (len(x), self.sizes.out_channels, self.sizes.order, *self.sizes.output(*x.shape[3:]))
+        return more.shape == shape and takes(more) and lies_grouped(more)
+
+    def _layer(self, height: int, width: int) -> Any:
+        """For the compiled functions, of maps of this size, which :meth:`takes` has seen."""
+        layer = _layer_of(self, height, width)
+        assert layer is not None
+        return ctypes.byref(layer)
+
+    def pack(self, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
+        """The parameters as the kernel reads them.
+
+        Raises:
+            InputError: their shapes are not those of the layer.
+        """
+        shapes = tuple(None if of is None else tuple(of.shape) for of in (mix, spatial, bias))
+        if shapes != self.shapes:
+            given, accepted = (", ".join(str(of and list(of)) for of in some) for some in (shapes, self.shapes))
+            raise InputError(f"parameters of shapes {given} do not fit their layer; accepted: {accepted}")
+        packed = mix.new_empty(self.weights + self.weights_back + 2 * self.planes + self.biases)
+        bias = None if bias is None else bias.contiguous()
+        tensors = mix.contiguous(), spatial.contiguous(), bias  # named, as an address keeps nothing alive
+        layer = self._layer(self.sizes.k, self.sizes.k)  # the size of the maps does not matter
+        call("pack", self.variant, layer, torch.get_num_threads(), *map(address, tensors), address(packed))
+        return packed
+
+    def forward(self, x: Tensor, packed: Tensor, more: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The output ``[N, O, S, H', W']``, without gradients.
+
+        Args:
+            x: ``[N, I, S, H, W]``.
+            packed: by :meth:`pack`.
+            more: is added to the output.
+            relu: whether ReLU comes then.
+        """
+        sizes, (height, width) = self.sizes, x.shape[3:]
+        y = new_grouped(x, len(x), sizes.out_channels, sizes.order, *sizes.output(height, width))
+        tensors = address(packed), address(x), address(more), int(relu), address(y)
+        call("forward", self.variant, self._layer(height, width), len(x), torch.get_num_threads(), *tensors)
+        return y
+
+    def backward(
+        self, x: Tensor, gradient: Tensor, packed: Tensor, with_planes: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The gradients of the map, the mix, the planar kernels if asked, and the bias if there is one."""
+        mix, spatial, bias = self.shapes
+        of_spatial = x.new_empty(spatial) if with_planes else None
+        of_bias = None if bias is None else x.new_empty(bias)
+        found = new_grouped(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
+        layer, threads = self._layer(*x.shape[3:]), torch.get_num_threads()
+        call("backward", self.variant, layer, len(x), threads, *map(address, (packed, x, gradient, *found)))
+        return found
+
+    def run(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
+        """The same from the parameters themselves, with gradients."""
+        y: Tensor = _Differentiable.apply(self, x, mix, spatial, bias, more)
+        return y
+
+    def slowly(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
+        """The same by PyTorch's operations."""
+        s, i, o, rank, planar_first, k, *sampling = self.sizes
+        form = FORMS["gc_in" if planar_first else "gc"]
+        basis = basis_on(self.group, x.device, x.dtype) if self.in_basis else None
+        filters = form.filters(mix, spatial, Tables.build(self.group, k, device=x.device), basis)
+        biases = None if bias is None else bias.repeat(s)
+        y = form.run(to_group_major(x), *filters, biases, FilterShape(o, i, s, k), rank, Sampling(*sampling))
+        return from_group_major(y, s)
+
+
+@lru_cache(maxsize=1024)
+def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kernel | None:
+    """The kernel for layers of a size, in the version that is best for it; None where none can run.
+
+    Args:
+        group: of the layer.
+        sizes: of the layer.
+        in_basis: whether its mix is to be in the irreducible representations of the group.
+        biased: whether it has a bias.
+    """
+    s, i, o, rank, planar_first, k, _, padding, dilation = sizes
+    version = best(group, sizes, in_basis)
+    if version is None or not (dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
+        return None
+    variant, lanes = version
+    basis, copies, kinds = basis_for(group, in_basis)
+    products = []
+    packed = packed_back = matrices = 0
+    reads = [term * s * i if planar_first else 0 for term in range(rank)]
+    writes = [0 if planar_first else term * s * o for term in range(rank)]
+    # Of terms that are added to the same values, the first must come first.
+    for number, kind in zip(copies, kinds, strict=True):
+        d = kind.shape[1]
+        depth, columns = d * i, d * o
+        for term in range(rank):
+            for copy in range(number):
+                adds = (term > 0, False) if planar_first else (False, term > 0)
+                where = reads[term], depth, writes[term], columns, *adds, packed, packed_back
+                products.append(_Product(*where, term, d, matrices, copy == 0))
+                reads[term] += depth
+                writes[term] += columns
+            packed += rounded(columns, lanes) * depth
+            packed_back += rounded(depth, lanes) * columns
+        matrices += kind.numel()
+    if max(packed, packed_back) > _LARGEST:
+        return None
+    table = torch.tensor(products, dtype=torch.int32)
+    flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
+    pixels = torch.tensor(group.pixel_table(k), dtype=torch.int32)
+    return Kernel(group, sizes, in_basis, biased, variant, lanes, table, flat, basis, pixels, packed, packed_back)
+
+
+@lru_cache(maxsize=4096)
+def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
+    sizes = kernel.sizes
+    output = sizes.output(height, width)
+    pixels = (height + 2 * sizes.k) * (width + 2 * sizes.k)  # more than of any map
+    values = pixels * sizes.order * max(sizes.in_channels, sizes.out_channels) * sizes.rank
+    if min(output) <= 0 or values > _LARGEST:
+        return None
+    counts = len(kernel.table), kernel.in_basis, kernel.biased, kernel.weights, kernel.weights_back
+    tensors = kernel.table, kernel.matrices, kernel.basis, kernel.pixels
+    return _Layer(*sizes[:-1], height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
+
+
+class _Differentiable(torch.autograd.Function):
+    """The kernel with its gradients; those of these are PyTorch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, more: Tensor | None
+    ) -> Tensor:
+        ctx.kernel, ctx.packed = kernel, kernel.pack(mix, spatial, bias)
+        ctx.save_for_backward(x, mix, spatial, bias)
+        return kernel.forward(x, ctx.packed, more)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, (gradient,) = ctx.kernel, gradients
+        of_more = gradient if ctx.needs_input_grad[5] else None
+        given = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients are to have some themselves
+            y = kernel.slowly(*given)
+            wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+            return None, *(next(found) if t is not None and t.requires_grad else None for t in given), of_more
+        if not lies_grouped(gradient):
+            gradient = new_grouped(gradient, *gradient.shape).copy_(gradient)
+        return None, *kernel.backward(given[0], gradient, ctx.packed, ctx.needs_input_grad[3]), of_more

@@ -1,0 +1,59 @@
+"""The peak memory of a pass: the largest sum of the tensors that are alive at the same time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from gconv.kernels.library import WatchesTensors
+
+
+class _Live(WatchesTensors):
+    """Sums the storages that operations return, from when they appear to when nobody holds them any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or PyTorch would load its compiler, which takes longer than all that is done here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.live = {key: item for key, item in self.live.items() if not item[0].expired()}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            # A view shares the storage of an input, which is counted already or was there before the pass.
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in inputs:
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def forward_memory(model: nn.Module, images: Tensor) -> int:
+    """Bytes of the tensors that a forward pass without gradients holds at its peak, beside the weights and its input.
+
+    What an operation needs inside and frees before it returns is not seen.
+    """
+    with torch.no_grad(), _Live() as tracker:
+        model(images)
+    return tracker.peak
+
+
+def training_memory(model: nn.Module, images: Tensor) -> int:
+    """Bytes of the tensors that a forward and a backward pass hold at their peak, beside the weights and the input.
+
+    The model in training mode, mean cross-entropy against the first class; its gradients count, and are left on it.
+    """
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    model.train().zero_grad(set_to_none=True)
+    with _Live() as tracker:
+        F.cross_entropy(model(images), labels).backward()
+    return tracker.peak

@@ -1,0 +1,1 @@
+"""Layers: convolutions, separable convolutions, batch norm and pooling on groups."""

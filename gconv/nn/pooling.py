@@ -1,0 +1,60 @@
+"""Pooling over the group axis and over the plane, on maps ``[N, C, S, H, W]``."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gconv.functional.expansion import from_group_major, to_group_major
+from gconv.system.errors import InputError
+
+
+class GroupMaxPool(nn.Module):
+    """Maximum over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``, on which only pixels move."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_group_axis(self, x).amax(2)
+
+
+class GroupMeanPool(nn.Module):
+    """Mean over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_group_axis(self, x).mean(2)
+
+
+class SpatialMaxPool2d(nn.Module):
+    """``nn.MaxPool2d`` on maps with or without a group axis; the group axis is kept.
+
+    Args:
+        kernel_size: side of the square window.
+        stride: step of the window, by default its side. Exact equivariance needs
+            ``(n + 2 padding - kernel_size) % stride == 0`` on maps of size n.
+        padding: margin on each side, ignored by the maximum.
+    """
+
+    def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(to_group_major(x), self.kernel_size, self.stride, self.padding)
+        return from_group_major(y, x.shape[2]) if x.dim() == 5 else y
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _with_group_axis(pool: nn.Module, x: Tensor) -> Tensor:
+    if x.dim() != 5:
+        raise InputError(f"{type(pool).__name__} got an input of shape {list(x.shape)}; accepted: [N, C, S, H, W]")
+    return x
+
+
+class SpatialMeanPool2d(nn.Module):
+    """Mean over the whole plane: ``[..., H, W]`` to ``[...]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1))

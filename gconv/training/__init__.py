@@ -1,0 +1,1 @@
+"""Training: data sets, augmentation, recipes, the training loop and evaluation."""

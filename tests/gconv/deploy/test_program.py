@@ -1,0 +1,220 @@
+"""What a fused network runs in place of its layers: the same scores, and never those of a network that is no more."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import gconv
+from analysis import convert
+from gconv import MODELS, create_model
+from gconv.deploy.fuse import fuse
+from gconv.deploy.program import Frozen
+from gconv.nn.batchnorm import GroupBatchNorm2d
+
+
+def fused(name="p4cnn", **changes):
+    """A small fused network whose batch norms know some maps, and images."""
+    torch.manual_seed(0)
+    net = create_model(name, width=changes.pop("width", 3), **changes)
+    images = torch.rand(3, *net.input_shape)
+    for module in net.modules():
+        if isinstance(module, GroupBatchNorm2d):
+            module.momentum = 1.0
+    net.train()(images)
+    return fuse(net.eval()), images
+
+
+def layers(net, images):
+    """The slow twin: layer by layer."""
+    with torch.no_grad():
+        return net._layers(images)
+
+
+def frozen(net, images):
+    with torch.no_grad():
+        return net(images)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [1, 2, 33])
+def test_the_scores_are_those_of_the_layers(name, batch):
+    net, images = fused(name)
+    images = torch.rand(batch, *images.shape[1:])
+    torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
+    mixes = any(getattr(m, "mixes", False) and m.kernel_size != (1, 1) for m in net.modules())
+    plain = net.spec.separable in (None, "c", "g") and not mixes  # the others do not run as ordinary convolutions
+    assert (net._inference._frozen.plain is not None) == plain
+
+
+@pytest.mark.parametrize("group", ["p2", "pm", "pmm", "p4", "p4m"])
+def test_on_any_group_and_with_converted_layers(group):
+    net, _ = convert(create_model("p4cnn", width=3, group=group).eval(), "gc", rank=2, execution="dense")
+    net, images = fuse(net), torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
+    assert net._inference._frozen.plain is not None
+
+
+def test_it_is_made_once():
+    net, images = fused()
+    frozen(net, images)
+    made = net._inference._frozen
+    frozen(net, images)
+    assert net._inference._frozen is made
+
+
+def by_data(net):
+    net.conv3.weight.data.mul_(2)
+
+
+def by_numpy(net):
+    net.fc.weight.detach().numpy()[0] += 1
+
+
+def by_a_new_parameter(net):
+    net.conv2.bias = nn.Parameter(net.conv2.bias.detach() + 1)
+
+
+def by_no_bias(net):
+    net.conv2.bias = None
+
+
+def by_a_state(net):
+    net.load_state_dict({name: 1.1 * value for name, value in net.state_dict().items()})
+
+
+def by_another_layer(net):
+    net.conv4 = gconv.GConv2d(3, 3, 3, group="p4")
+
+
+def by_a_larger_pool(net):
+    net.group_pool = gconv.GroupMeanPool()
+
+
+CHANGES = (by_data, by_numpy, by_a_new_parameter, by_no_bias, by_a_state, by_another_layer, by_a_larger_pool)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_network_gives_its_new_scores(change):
+    net, images = fused()
+    before = frozen(net, images)
+    with torch.no_grad():
+        change(net)
+    net.eval()
+    expected = layers(net, images)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(frozen(net, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_changed_statistic_is_seen():
+    net, images = fused("p4m-resnet44", width=2)
+    frozen(net, images)
+    made = net._inference._frozen
+    frozen(net, images)
+    assert net._inference._frozen is made
+    net.bn.running_mean += 1
+    torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_is_watched_runs():
+    net, images = fused()
+    frozen(net, images)
+    seen = []
+    handle = net.conv3.register_forward_hook(lambda module, given, out: seen.append(tuple(out.shape)))
+    frozen(net, images)
+    assert seen == [(3, 3, 4, 10, 10)]
+    handle.remove()
+    frozen(net, images)
+    assert net._inference._frozen.plain is not None and len(seen) == 1
+
+
+def test_a_layer_that_runs_factorized_does():
+    net, images = fused("gc-p4cnn")
+    for layer in net.modules():
+        if isinstance(layer, gconv.SeparableGConv2d):
+            layer.execution = "dense"
+    frozen(net, images)
+    assert net._inference._frozen.plain is not None
+    net.conv2.execution = "factorized"
+    frozen(net, images)
+    assert net._inference._frozen.plain is None
+
+
+def test_gradients_doubles_and_training_go_through_the_layers():
+    net, images = fused()
+    net(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    frozen(net.double(), images.double())
+    frozen(net.float().train(), images)
+    assert net._inference._frozen is None
+
+
+def test_the_network_keeps_its_gradients():
+    net, images = fused()
+    frozen(net, images)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_wrong_image_is_refused_as_ever():
+    net, _ = fused()
+    with pytest.raises(gconv.InputError, match="shape"):
+        frozen(net, torch.rand(2, 3, 28, 28))
+
+
+@pytest.mark.parametrize("batch", [2, 40])
+def test_what_is_not_a_number_stays_so(batch):
+    net, images = fused()
+    images = torch.rand(batch, *images.shape[1:])
+    images[1] = float("nan")
+    assert frozen(net, images).isnan().any(1).tolist() == layers(net, images).isnan().any(1).tolist()
+    with torch.no_grad():
+        net.conv3.weight[0, 0] = float("nan")
+    assert frozen(net, images.nan_to_num()).isnan().all()
+
+
+def test_a_copy_makes_its_own():
+    net, images = fused()
+    frozen(net, images)
+    twin = deepcopy(net)
+    assert twin._inference._frozen is None and set(twin.state_dict()) == set(net.state_dict())
+    with torch.no_grad():
+        twin.fc.bias.add_(1)
+    torch.testing.assert_close(frozen(twin, images), frozen(net, images) + 1)
+
+
+def test_a_network_that_is_not_fused_has_none():
+    net = create_model("p4cnn", width=2).eval()
+    frozen(net, torch.rand(1, 1, 28, 28))
+    assert net._inference._frozen is None
+
+
+def test_without_onednn_it_is_the_plain_network(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    net, images = fused()
+    images = torch.rand(40, *images.shape[1:])
+    torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
+    assert Frozen(net).plain is not None and Frozen(net).batched is None
+
+
+def test_batches_run_with_relu_inside_the_convolutions():
+    net, _ = fused()
+    made = Frozen(net)
+    inside = [type(module).__name__ for module in made.batched.modules()].count("_ConvReLU")
+    assert inside == 6  # of seven convolutions the second has its ReLU behind the pooling
+    assert {id(p) for p in made.batched.parameters()} == {id(p) for p in made.plain.parameters()}
+
+
+def test_by_counters_as_on_a_gpu_it_sees_what_is_changed_in_place():
+    net, images = fused()
+    made = Frozen(net)
+    made._by_value, made.batched, made._versions = False, None, made._counted()
+    torch.testing.assert_close(made.run(images), layers(net, images), rtol=1e-5, atol=1e-5)
+    assert made.is_of(net)
+    with torch.no_grad():
+        net.conv2.weight.mul_(1)  # the same values, but nobody has looked
+    assert not made.is_of(net)
+    again = Frozen(net)
+    again._by_value, again._versions = False, again._counted()
+    net.load_state_dict(net.state_dict())
+    assert not again.is_of(net)
