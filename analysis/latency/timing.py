@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gconv.functional.forms import Execution
 from gconv.nn.conv import SeparableGConv2d
 from gconv.nn.modes import evaluating
-from gconv.system.memory import keep_usual_blocks
+from gconv.system.memory import raise_mmap_threshold
 
 BATCH = 16
 _ROUNDS = 15
@@ -46,7 +46,7 @@ def medians(
         cuda: wait for the GPU.
         hopeless: a run whose best of three rounds takes more than this many times the best of all is not repeated.
     """
-    keep_usual_blocks()  # as a process has that loads a network by gconv.load, whatever this one did before
+    raise_mmap_threshold()  # as a process has that loads a network by gconv.load, whatever this one did before
     times: list[list[float]] = [[] for _ in runs]
     racing = list(zip(runs, times, strict=True))
     began = time.perf_counter()

@@ -45,17 +45,17 @@ class Irrep:
 
 
 @cache
-def irreps(of: Group) -> tuple[Irrep, ...]:
+def irreps(group: Group) -> tuple[Irrep, ...]:
     """The real irreducible representations of a group; the trivial one first, then in the order of their names."""
-    named = [Irrep(_name(of, projector), projector) for projector in isotypic_projectors(of.product)]
+    named = [Irrep(_name(group, projector), projector) for projector in isotypic_projectors(group.product)]
     return tuple(sorted(named, key=lambda irrep: irrep.name))
 
 
 @cache
-def element_names(of: Group) -> tuple[str, ...]:
+def element_names(group: Group) -> tuple[str, ...]:
     """The elements in the order of the group axis: ``e r r2 r3 m mr mr2 mr3`` for p4m, r a quarter turn, m the flip."""
     turns = ("", "r", "r2", "r3")
-    return tuple(("m" if element >= 4 else "") + turns[element % 4] or "e" for element in of.elements)
+    return tuple(("m" if element >= 4 else "") + turns[element % 4] or "e" for element in group.elements)
 
 
 def isotypic_projectors(product: IntArray) -> list[FloatArray]:
@@ -84,16 +84,16 @@ def isotypic_projectors(product: IntArray) -> list[FloatArray]:
     return [space @ space.T for space in spaces]
 
 
-def _name(of: Group, projector: FloatArray) -> str:
+def _name(group: Group, projector: FloatArray) -> str:
     # L(h) takes the identity's column to that of h, so the first column holds the character times d / |H|.
     character = projector[:, 0]
-    turn = min((element for element in of.elements if 0 < element < 4), default=None)
+    turn = min((element for element in group.elements if 0 < element < 4), default=None)
     if np.trace(projector) > 1.5:
         return "E"
-    letter = "B" if turn is not None and character[of.elements.index(turn)] < 0 else "A"
-    if 4 not in of.elements:
+    letter = "B" if turn is not None and character[group.elements.index(turn)] < 0 else "A"
+    if 4 not in group.elements:
         return letter
-    even = character[of.elements.index(4)] > 0
+    even = character[group.elements.index(4)] > 0
     if turn is None:
         return letter + ("'" if even else "''")
     return letter + ("1" if even else "2")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gconv.functional.expansion import Tables
 from gconv.functional.forms import Form, form_named
-from gconv.groups.point_groups import Group, group
+from gconv.groups.point_groups import Group
+from gconv.groups.point_groups import group as find_group
 
 # The axis of the generator that indexes the rows; all others index the columns. Both pixel axes count as one.
 UNFOLDINGS = {"out": 0, "in": 1, "group": 2, "space": 3}
@@ -24,12 +25,12 @@ UNFOLDINGS = {"out": 0, "in": 1, "group": 2, "space": 3}
 _ROUNDING = 1e-12
 
 
-def fold(weight: Tensor, form: str | Form, under: Group) -> Tensor:
+def fold(weight: Tensor, form: str | Form, group: Group) -> Tensor:
     """The blocks of a generator in a form, ``[..., blocks, rows, k k]`` in float64 (:mod:`gconv.functional.forms`).
 
     A lifting filter has one kernel a channel pair, in the frame of the image: it folds as a planar one does.
     """
-    frame = group("z2") if weight.shape[-3] == 1 else under
+    frame = find_group("z2") if weight.shape[-3] == 1 else group
     tables = Tables.build(frame, weight.shape[-1], device=weight.device)
     folded: Callable[[Tensor], Tensor] = partial(form_named(form).fold, pixels=tables.pixels)
     for _ in weight.shape[:-5]:

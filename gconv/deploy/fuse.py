@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.models.zoo import Model
-from gconv.nn.conv import SeparableGConv2d, _GroupConv
+from gconv.nn.conv import GroupConvBase, SeparableGConv2d
 from gconv.system.errors import InputError
 
 from .lowering import plain_of
@@ -102,7 +102,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> None:
     Raises:
         InputError: the filter is not a parameter of the layer, but computed from others.
     """
-    assert isinstance(conv, (_GroupConv, nn.Conv2d)) and isinstance(norm, _BatchNorm)
+    assert isinstance(conv, (GroupConvBase, nn.Conv2d)) and isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None and norm.running_var is not None
     name, axis = ("mix", conv.form.output_axis) if isinstance(conv, SeparableGConv2d) else ("weight", 0)
     factor = dict(conv.named_parameters(recurse=False)).get(name)
@@ -132,7 +132,7 @@ def _pairs(net: Model) -> Iterator[tuple[str, str]]:
         if (
             isinstance(net.get_submodule(node.target), _BatchNorm)
             and before.op == "call_module"
-            and isinstance(net.get_submodule(before.target), (_GroupConv, nn.Conv2d))
+            and isinstance(net.get_submodule(before.target), (GroupConvBase, nn.Conv2d))
             and len(before.users) == 1
             and calls.count(before.target) == calls.count(node.target) == 1
         ):

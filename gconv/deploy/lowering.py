@@ -12,7 +12,7 @@ from gconv.functional.expansion import expand
 from gconv.functional.forms import Convolution
 from gconv.groups.point_groups import group
 from gconv.models.zoo import Model
-from gconv.nn.conv import SeparableGConv2d, _FullConv, _GroupConv
+from gconv.nn.conv import FullConvBase, GroupConvBase, SeparableGConv2d
 from gconv.nn.pooling import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
 from gconv.system.errors import InputError
 
@@ -56,7 +56,7 @@ class _Plain:
             InputError: it has no counterpart here.
         """
         match layer:
-            case _GroupConv():
+            case GroupConvBase():
                 return self._convolutions(name, layer, x)
             case nn.Conv2d() | nn.Linear():  # a copy, as the other layers are new too
                 return self._call(name, deepcopy(layer), x)
@@ -80,7 +80,7 @@ class _Plain:
         """Make one map of every ``size`` consecutive ones."""
         return self.graph.call_method(method, (self.graph.call_method("unflatten", (x, 1, (-1, size))), 2))
 
-    def _convolutions(self, name: str, layer: _GroupConv, x: fx.Node) -> fx.Node:
+    def _convolutions(self, name: str, layer: GroupConvBase, x: fx.Node) -> fx.Node:
         terms = _terms(layer)
         total: fx.Node | None = None
         for number, steps in enumerate(terms):
@@ -96,13 +96,13 @@ class _Plain:
         return total
 
 
-def _terms(layer: _GroupConv) -> tuple[tuple[Convolution, ...], ...]:
+def _terms(layer: GroupConvBase) -> tuple[tuple[Convolution, ...], ...]:
     """What the layer does, as a sum of terms, each some convolutions one after the other."""
     if isinstance(layer, SeparableGConv2d) and layer.execution != "dense":
         terms = layer.form.convolutions(layer.mix, layer.spatial, layer.tables, layer.sampling)
         if terms is not None:
             return tuple(tuple(_channel_major(step, layer.group.order) for step in term) for term in terms)
-    assert isinstance(layer, (_FullConv, SeparableGConv2d))
+    assert isinstance(layer, (FullConvBase, SeparableGConv2d))
     return ((Convolution(expand(layer.weight, layer.tables.expansion), 1, layer.sampling),),)
 
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gconv.functional.expansion import lies_channels_last, on_tensor_cores
-from gconv.kernels.library import full, is_small, packed_filter, takes
+from gconv.functional.expansion import has_channels_last_strides, on_tensor_cores
+from gconv.kernels.library import is_small, is_supported, packed_filter, small_conv2d
 from gconv.models.zoo import Model
-from gconv.nn.conv import SeparableGConv2d, _GroupConv
+from gconv.nn.conv import GroupConvBase, SeparableGConv2d
 from gconv.system.errors import InputError
 
 from .lowering import plain_of
@@ -33,7 +33,7 @@ class InferenceProgram:
     Neither a copy nor a pickle has what was made.
     """
 
-    _frozen: Frozen | None = None
+    _program: Program | None = None
 
     def program(self, net: Model, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """What gives the scores of ``x``; None where the layers are to run."""
@@ -48,16 +48,16 @@ class InferenceProgram:
                 return None
         elif not on_tensor_cores(x):
             return None
-        frozen = self._frozen  # read once: another thread may replace it
+        frozen = self._program  # read once: another thread may replace it
         if frozen is None or not frozen.is_of(net):
-            self._frozen = frozen = Frozen(net)
+            self._program = frozen = Program(net)
         return None if frozen.plain is None else frozen.run
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class Frozen:
+class Program:
     """The program of a fused network in eval mode, and what it was made from.
 
     Attributes:
@@ -164,10 +164,10 @@ def _counts(module: nn.Module) -> bool:
 def _runs_plainly(module: nn.Module) -> bool:
     if module.training or module._forward_hooks or module._forward_pre_hooks:
         return False
-    if not isinstance(module, _GroupConv) or next(module.parameters()).is_cuda:
+    if not isinstance(module, GroupConvBase) or next(module.parameters()).is_cuda:
         return True
-    mixes = module.mixes and module.kernel_size != (1, 1)  # of which there are few
-    return module.execution == "dense" and not mixes
+    runs_in_irreps = module.runs_in_irreps and module.kernel_size != (1, 1)  # of which there are few
+    return module.execution == "dense" and not runs_in_irreps
 
 
 _BATCH = 32
@@ -217,8 +217,8 @@ class _SmallConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fits = x.shape[1] == self.weight.shape[1] and min(x.shape[2:]) >= self.weight.shape[2]
-        if fits and takes(x, self.weight, self.bias) and lies_channels_last(x):
-            return full(x, self.packed, self.bias, self.relu)
+        if fits and is_supported(x, self.weight, self.bias) and has_channels_last_strides(x):
+            return small_conv2d(x, self.packed, self.bias, self.relu)
         y = F.conv2d(x, self.weight, self.bias)
         return F.relu(y) if self.relu else y
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from gconv.models.zoo import Model
-from gconv.nn.conv import _GroupConv
+from gconv.nn.conv import GroupConvBase
 
 
 def trace(net: Model) -> fx.Graph:
@@ -17,4 +17,4 @@ class _Tracer(fx.Tracer):
     """Looks into blocks and sequences, not into layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (_GroupConv, nn.Conv2d)) or not any(True for _ in m.children())
+        return isinstance(m, (GroupConvBase, nn.Conv2d)) or not any(True for _ in m.children())

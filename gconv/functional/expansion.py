@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gconv.groups.point_groups import Group, group
+from gconv.groups.point_groups import Group
+from gconv.groups.point_groups import group as find_group
 from gconv.system.errors import InputError
 
 
@@ -34,9 +35,9 @@ class Tables(NamedTuple):
     pixels: Tensor
 
     @classmethod
-    def build(cls, of: Group, k: int, *, lifting: bool = False, device: torch.device | str | None = None) -> Tables:
+    def build(cls, group: Group, k: int, *, lifting: bool = False, device: torch.device | str | None = None) -> Tables:
         """The tables for kernels of size k x k; ``lifting`` for filters on planar maps (``S_in = 1``)."""
-        arrays = of.expansion_table(k, lifting=lifting), of.relative_table(), of.pixel_table(k)
+        arrays = group.expansion_table(k, lifting=lifting), group.relative_table(), group.pixel_table(k)
         return cls(*(torch.tensor(array.ravel(), device=device) for array in arrays))
 
 
@@ -90,17 +91,17 @@ def from_group_major(x: Tensor, order: int) -> Tensor:
     return x.permute(0, 2, 3, 1).view(n, h, w, order, c // order).permute(0, 4, 3, 1, 2)
 
 
-def is_channels_last(x: Tensor) -> bool:
+def is_strictly_channels_last(x: Tensor) -> bool:
     """Whether a planar map lies in memory channels-last and in no other order (one pixel or channel is both)."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def lies_channels_last(x: Tensor) -> bool:
+def has_channels_last_strides(x: Tensor) -> bool:
     """The same, where a map of one channel or pixel counts by its strides."""
     return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def lies_grouped(x: Tensor) -> bool:
+def is_group_major(x: Tensor) -> bool:
     """Whether ``[N, C, S, H, W]`` lies in memory as the layers give it: channels-last and group-major."""
     strides, expected = x.stride(), _grouped_strides(x.shape)
     return strides == expected or all(
@@ -108,7 +109,7 @@ def lies_grouped(x: Tensor) -> bool:
     )
 
 
-def new_grouped(like: Tensor, *shape: int) -> Tensor:
+def new_group_major(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised map ``[N, C, S, H, W]`` that lies so, on the device and of the type of another tensor."""
     return like.new_empty_strided(shape, _grouped_strides(shape))
 
@@ -146,7 +147,7 @@ def channels_last(x: Tensor) -> Tensor:
     if not (x.device.type == "cpu" and x.dtype == torch.float32) and not on_tensor_cores(x):
         return x
     # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
-    return x if is_channels_last(x) else x.clone(memory_format=torch.channels_last)
+    return x if is_strictly_channels_last(x) else x.clone(memory_format=torch.channels_last)
 
 
 def relu(x: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def gconv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    on: str | Group = "p4",
+    group: str | Group = "p4",
     sampling: Sampling = Sampling(),
 ) -> Tensor:
     """Group convolution ``y[o, s] = sum_i sum_s' x[i, s'] * K_s[o, i, s'] + b[o]``, from its definition.
@@ -167,24 +168,24 @@ def gconv2d(
         x: ``[N, I, S, H, W]``, or ``[N, I, H, W]`` for a lifting filter (``S_in = 1``).
         weight: generator ``[O, I, S_in, k, k]``.
         bias: ``[O]`` or None; shared over the group axis, or the result would not be equivariant.
-        on: the group.
+        group: the group.
         sampling: stride, padding and dilation.
 
     Returns:
         ``[N, O, S, H', W']``.
     """
-    on = group(on)
-    tables = Tables.build(on, weight.shape[-1], lifting=weight.shape[2] == 1, device=weight.device)
-    shared = None if bias is None else bias.repeat_interleave(on.order)
+    group = find_group(group)
+    tables = Tables.build(group, weight.shape[-1], lifting=weight.shape[2] == 1, device=weight.device)
+    shared = None if bias is None else bias.repeat_interleave(group.order)
     y = F.conv2d(to_planar(x), expand(weight, tables.expansion), shared, *sampling)
-    return y.unflatten(1, (weight.shape[0], on.order))
+    return y.unflatten(1, (weight.shape[0], group.order))
 
 
-def act(on: str | Group, element: int, x: Tensor) -> Tensor:
+def act(group: str | Group, element: int, x: Tensor) -> Tensor:
     """The group's action on a map: ``(g x)[c, s](p) = x[c, g^-1 s](g^-1 p)``; on planar maps only the pixels move.
 
     Args:
-        on: the group.
+        group: the group.
         element: index of g in it.
         x: ``[N, C, S, H, W]`` or ``[N, C, H, W]``; H and W may differ (a quarter turn then exchanges them). A tensor
             of fewer dimensions (class scores) is taken as invariant and comes back as it is.
@@ -192,14 +193,14 @@ def act(on: str | Group, element: int, x: Tensor) -> Tensor:
     Raises:
         InputError: an unknown group, or a group axis of another length.
     """
-    on = group(on)
+    group = find_group(group)
     if x.dim() < 4:
         return x
     if x.dim() == 5:
-        if x.shape[2] != on.order:
-            what = f"a map of shape {list(x.shape)} is not one of {on.name}"
-            raise InputError(f"{what}; accepted: [N, C, {on.order}, H, W]")
-        x = x[:, :, torch.tensor(on.product[on.inverse[element]], device=x.device)]
-    flips, turns = divmod(on.elements[element], 4)
+        if x.shape[2] != group.order:
+            what = f"a map of shape {list(x.shape)} is not one of {group.name}"
+            raise InputError(f"{what}; accepted: [N, C, {group.order}, H, W]")
+        x = x[:, :, torch.tensor(group.product[group.inverse[element]], device=x.device)]
+    flips, turns = divmod(group.elements[element], 4)
     x = torch.rot90(x, turns, (-2, -1))
     return x.flip(-2) if flips else x

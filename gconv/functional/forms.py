@@ -324,7 +324,7 @@ class SharedPerInput(Form):
         )
 
 
-class TurnedPerPair(Form):
+class RotatedPerPair(Form):
     """``g_turned``: one planar kernel for each (output, input) channel pair, turned by the element that it reads."""
 
     name = "g_turned"
@@ -357,7 +357,7 @@ class TurnedPerPair(Form):
         return _group_major(mixed, s, bias)
 
 
-class TurnedPerOutput(Form):
+class RotatedPerOutput(Form):
     """``gc_turned``: one planar kernel for each output channel, turned by the element of the input map that it reads.
 
     As the planar part depends on s' and the mix on both s and s', there are maps for all pairs of elements: the planar
@@ -399,7 +399,7 @@ class TurnedPerOutput(Form):
 
 FORMS: dict[str, Form] = {
     form.name: form
-    for form in (SharedPerPair(), SharedPerOutput(), SharedPerInput(), TurnedPerPair(), TurnedPerOutput())
+    for form in (SharedPerPair(), SharedPerOutput(), SharedPerInput(), RotatedPerPair(), RotatedPerOutput())
 }
 
 

@@ -62,9 +62,9 @@ class Blocks:
 
 
 @cache
-def regular_blocks(of: Group) -> Blocks:
+def regular_blocks(group: Group) -> Blocks:
     """The blocks of one of the package's groups."""
-    return blocks_of(of.product)
+    return blocks_of(group.product)
 
 
 def blocks_of(product: IntArray) -> Blocks:

@@ -101,21 +101,21 @@ class Recognition:
         return self.layout.group.order * sum(fit.generator.numel() for fit in self.fits.values() if fit.telling)
 
 
-def collapse(expanded: Tensor, on: Group, *, lifting: bool) -> tuple[Tensor, float]:
+def collapse(expanded: Tensor, group: Group, *, lifting: bool) -> tuple[Tensor, float]:
     """The generator whose expansion is closest to a filter, and the relative residual.
 
     Args:
         expanded: ``[O S, I S_in, k, k]`` as :func:`gconv.functional.expansion.expand` returns it.
-        on: the group.
+        group: the group.
         lifting: whether the input is planar, so that S_in is 1.
 
     Returns:
         ``[O, I, S_in, k, k]``, the inverse of ``expand`` where there is one; and ``|W - expand(K)| / |W|``.
     """
     rows, columns, k, _ = expanded.shape
-    s, s_in = on.order, 1 if lifting else on.order
+    s, s_in = group.order, 1 if lifting else group.order
     o, i = rows // s, columns // s_in
-    table = Tables.build(on, k, lifting=lifting, device=expanded.device).expansion
+    table = Tables.build(group, k, lifting=lifting, device=expanded.device).expansion
     copies = expanded.reshape(o, s, i, s_in * k * k).transpose(1, 2).reshape(o, i, -1)
     total = copies.new_zeros(o, i, s_in * k * k).index_add(2, table, copies)
     generator = (total / s).view(o, i, s_in, k, k)
@@ -182,14 +182,14 @@ def layout_of(matrices: Sequence[npt.NDArray[np.float64]]) -> Layout | None:
     return None
 
 
-def _layouts(on: Group) -> Iterator[Layout]:
-    own = tuple(range(on.order))
+def _layouts(group: Group) -> Iterator[Layout]:
+    own = tuple(range(group.order))
     for group_major in (False, True):
-        yield Layout(on, own, group_major)
-        if on.name in _ESCNN_ORDERS:
-            yield Layout(on, _ESCNN_ORDERS[on.name], group_major)
-        if on.name == "pm":
-            yield Layout(on, own, group_major, turned=True)
+        yield Layout(group, own, group_major)
+        if group.name in _ESCNN_ORDERS:
+            yield Layout(group, _ESCNN_ORDERS[group.name], group_major)
+        if group.name == "pm":
+            yield Layout(group, own, group_major, turned=True)
 
 
 def _sharing(
@@ -218,11 +218,11 @@ def _within(weight: Tensor, layout: Layout, tolerance: float) -> Fit | None:
     return None
 
 
-def _roles(weight: Tensor, on: Group) -> tuple[bool, ...]:
+def _roles(weight: Tensor, group: Group) -> tuple[bool, ...]:
     """As what a plain filter can be read by its channels: values of ``lifting``."""
-    if weight.shape[0] % on.order:
+    if weight.shape[0] % group.order:
         return ()
-    return (True,) if weight.shape[1] % on.order else (False, True)
+    return (True,) if weight.shape[1] % group.order else (False, True)
 
 
 def _fits(layout: Layout, weights: Mapping[str, Tensor], tolerance: float) -> tuple[dict[str, Fit], int]:
@@ -241,16 +241,17 @@ def _fits(layout: Layout, weights: Mapping[str, Tensor], tolerance: float) -> tu
     return fits, misfits
 
 
-def _misfit(on: Group, weights: Mapping[str, Tensor]) -> InputError:
+def _misfit(group: Group, weights: Mapping[str, Tensor]) -> InputError:
     """The error for a group that a network does not have, with the residual of its largest layer that could."""
-    possible = {name: weight for name, weight in weights.items() if _roles(weight, on)}
+    possible = {name: weight for name, weight in weights.items() if _roles(weight, group)}
     if not possible:
-        return InputError(f"the weights are not those of {on.name}: no layer has a multiple of {on.order} outputs")
+        what = f"no layer has a multiple of {group.order} outputs"
+        return InputError(f"the weights are not those of {group.name}: {what}")
     name, weight = max(possible.items(), key=lambda item: item[1].numel())
-    readings = product(_layouts(on), _roles(weight, on))
+    readings = product(_layouts(group), _roles(weight, group))
     residual = min(read(weight, layout, lifting=lifting).residual for layout, lifting in readings)
     return InputError(
-        f"the weights are not those of {on.name}: the rows of {name} share one generator only up to a relative "
+        f"the weights are not those of {group.name}: the rows of {name} share one generator only up to a relative "
         f"residual of {residual:.2g}; accepted: at most {FORCED_TOLERANCE}"
     )
 

@@ -11,7 +11,7 @@ from gconv.functional.forms import FORMS, FilterShape
 from gconv.functional.mixing import Basis, basis_of, regular
 from gconv.groups.point_groups import Group
 
-from .library import compiled, library
+from .library import library, require_library
 
 
 @cache
@@ -24,7 +24,7 @@ def variants() -> dict[int, int]:
         return {}
     found: dict[int, int] = {}
     number = 0
-    while (lanes := compiled().gconv_lanes(number)) >= 0:
+    while (lanes := require_library().gconv_lanes(number)) >= 0:
         if lanes:
             found[number] = lanes
         number += 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from gconv.functional.expansion import lies_channels_last
+from gconv.functional.expansion import has_channels_last_strides
 
 
 @cache
@@ -34,14 +34,14 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def compiled() -> ctypes.CDLL:
+def require_library() -> ctypes.CDLL:
     """The same, where it is known to be there."""
     found = library()
     assert found is not None
     return found
 
 
-def call(name: str, *given: Any) -> None:
+def launch(name: str, *given: Any) -> None:
     """A compiled function, which a profiler sees.
 
     Raises:
@@ -49,14 +49,14 @@ def call(name: str, *given: Any) -> None:
     """
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         with torch.profiler.record_function(f"gconv::{name}"):
-            failed = getattr(compiled(), f"gconv_{name}")(*given)
+            failed = getattr(require_library(), f"gconv_{name}")(*given)
     else:
-        failed = getattr(compiled(), f"gconv_{name}")(*given)
+        failed = getattr(require_library(), f"gconv_{name}")(*given)
     if failed:
         raise MemoryError(f"no memory for gconv::{name}")
 
 
-def takes(x: Tensor, *parameters: Tensor | None) -> bool:
+def is_supported(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether compiled functions may read these tensors, and what they give is all that is asked of a map x.
 
     They know nothing of other types, of derivatives that are computed along, of function transforms and of autocast;
@@ -68,10 +68,10 @@ def takes(x: Tensor, *parameters: Tensor | None) -> bool:
     along = forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
     if along or torch.is_autocast_enabled("cpu"):
         return False
-    return not torch._C._len_torch_dispatch_stack() or isinstance(_get_current_dispatch_mode(), WatchesTensors)
+    return not torch._C._len_torch_dispatch_stack() or isinstance(_get_current_dispatch_mode(), TensorLifetimeMode)
 
 
-class WatchesTensors(TorchDispatchMode):
+class TensorLifetimeMode(TorchDispatchMode):
     """A mode that looks at the tensors that there are, not at the operations that make them."""
 
 
@@ -82,11 +82,11 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
 
 @cache
 def convolves() -> bool:
-    """Whether :func:`full` is there, and this processor has what it needs."""
-    return library() is not None and bool(compiled().gconv_full_runs())
+    """Whether :func:`small_conv2d` is there, and this processor has what it needs."""
+    return library() is not None and bool(require_library().gconv_full_runs())
 
 
-def full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def small_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """An ordinary convolution of a channels-last map, without padding and stride, and ReLU of it if asked.
 
     Args:
@@ -100,7 +100,7 @@ def full(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     y = x.new_empty((n, height - k + 1, width - k + 1, out_channels)).permute(0, 3, 1, 2)
     sizes = torch.get_num_threads(), n, channels, out_channels, k, height, width
     if n:
-        call("full", *sizes, *map(address, (x, weight, bias)), int(relu), address(y))
+        launch("full", *sizes, *map(address, (x, weight, bias)), int(relu), address(y))
     return y
 
 
@@ -108,26 +108,27 @@ _FEW = 64  # output channels up to which it is used; benchmarks/speed_networks.p
 
 
 def is_small(weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
-    """Whether a convolution with this filter ``[O, I, k, k]`` is one for :func:`full`."""
+    """Whether a convolution with this filter ``[O, I, k, k]`` is one for :func:`small_conv2d`."""
     few = len(weight) <= _FEW and len(weight) % 8 == 0
     return few and (stride, padding, dilation) == (1, 0, 1) and convolves()
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int) -> Tensor:
-    """``torch.nn.functional.conv2d``, of few channels by :func:`full`; its gradients are PyTorch's."""
+    """``torch.nn.functional.conv2d``, of few channels by :func:`small_conv2d`; its gradients are PyTorch's."""
     # First, as a compiler is not to look into what follows.
     plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and type(x) is Tensor  # type: ignore[attr-defined]
-    fits = plain and is_small(weight, stride, padding, dilation) and takes(x, weight, bias) and lies_channels_last(x)
+    fits = plain and is_small(weight, stride, padding, dilation) and is_supported(x, weight, bias)
+    fits = fits and has_channels_last_strides(x)
     if not (fits and x.shape[1] == weight.shape[1] and min(x.shape[2:]) >= weight.shape[2]):
         return F.conv2d(x, weight, bias, stride, padding, dilation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y: Tensor = _Convolution.apply(x, weight, bias)
         return y
-    return full(x, packed_filter(weight), bias, relu=False)
+    return small_conv2d(x, packed_filter(weight), bias, relu=False)
 
 
 def packed_filter(weight: Tensor) -> Tensor:
-    """``[O, I, k, k]`` as :func:`full` takes it."""
+    """``[O, I, k, k]`` as :func:`small_conv2d` takes it."""
     return weight.detach().permute(2, 3, 1, 0).contiguous()
 
 
@@ -136,7 +137,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.biased = None if bias is None else list(bias.shape)
-        return full(x, packed_filter(weight), bias, relu=False)
+        return small_conv2d(x, packed_filter(weight), bias, relu=False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,7 +153,7 @@ def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
     """``factor x + offset`` of a channels-last map, both ``[C]``, and ReLU of it if asked."""
     y = torch.empty_like(x)
     threads, positions, channels = torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1]
-    call("norm", threads, positions, channels, *map(address, (x, factor, offset)), int(relu), address(y))
+    launch("norm", threads, positions, channels, *map(address, (x, factor, offset)), int(relu), address(y))
     return y
 
 
@@ -166,7 +167,7 @@ def norm_train(
     """
     found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     given = (*map(address, (x, weight, bias)), ctypes.c_double(eps), int(relu))
-    call("norm_train", *_sizes(x, order), *given, *map(address, found))
+    launch("norm_train", *_sizes(x, order), *given, *map(address, found))
     return found
 
 
@@ -176,7 +177,7 @@ def norm_backward(
     """The gradients of :func:`norm_train` for the map, the weight and the bias; y is its result if that had ReLU."""
     found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     given = (*map(address, (grad, x, y, weight, mean, var)), ctypes.c_double(eps))
-    call("norm_backward", *_sizes(x, order), *given, *map(address, found))
+    launch("norm_backward", *_sizes(x, order), *given, *map(address, found))
     return found
 
 

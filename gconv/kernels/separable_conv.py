@@ -20,14 +20,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gconv.functional.expansion import Sampling, Tables, from_group_major, lies_grouped, new_grouped, to_group_major
+from gconv.functional.expansion import (
+    Sampling,
+    Tables,
+    from_group_major,
+    is_group_major,
+    new_group_major,
+    to_group_major,
+)
 from gconv.functional.forms import FORMS, FilterShape
 from gconv.functional.mixing import basis_on
 from gconv.groups.point_groups import Group
 from gconv.system.errors import InputError
 
 from .dispatch import Sizes, basis_for, best, rounded
-from .library import address, call, takes
+from .library import address, is_supported, launch
 
 MOST_K, MOST_ORDER = 15, 8  # as in csrc/separable.c
 _LARGEST = 2**31 - 1  # of an int there
@@ -66,7 +73,7 @@ class Kernel:
     """What the compiled kernel is told of a layer, whatever its parameters are; obtained from :func:`kernel_of`.
 
     The parameters, in the shapes of the forms ``gc`` and ``gc_in``, are ``mix``, ``spatial`` and a bias ``[O]`` or
-    None. Maps are ``[N, C, S, H, W]`` and lie as :func:`gconv.functional.expansion.lies_grouped` says.
+    None. Maps are ``[N, C, S, H, W]`` and lie as :func:`gconv.functional.expansion.is_group_major` says.
 
     Attributes:
         group: of the layer.
@@ -115,16 +122,16 @@ class Kernel:
         """How many the packed bias has."""
         return rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
 
-    def takes(self, x: Tensor) -> bool:
+    def is_supported(self, x: Tensor) -> bool:
         """Whether it runs on this map, which :func:`gconv.kernels.library.takes` takes."""
-        return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and lies_grouped(x)
+        return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and is_group_major(x)
 
-    def adds(self, more: Tensor | None, x: Tensor) -> bool:
+    def can_fuse_add(self, residual: Tensor | None, x: Tensor) -> bool:
         """Whether it can add this map, if any, to what becomes of x."""
-        if more is None:
+        if residual is None:
             return True
         shape = (len(x), self.sizes.out_channels, self.sizes.order, *self.sizes.output(*x.shape[3:]))
-        return more.shape == shape and takes(more) and lies_grouped(more)
+        return residual.shape == shape and is_supported(residual) and is_group_major(residual)
 
     def _layer(self, height: int, width: int) -> Any:
         """For the compiled functions, of maps of this size, which :meth:`takes` has seen."""
@@ -146,10 +153,10 @@ class Kernel:
         bias = None if bias is None else bias.contiguous()
         tensors = mix.contiguous(), spatial.contiguous(), bias  # named, as an address keeps nothing alive
         layer = self._layer(self.sizes.k, self.sizes.k)  # the size of the maps does not matter
-        call("pack", self.variant, layer, torch.get_num_threads(), *map(address, tensors), address(packed))
+        launch("pack", self.variant, layer, torch.get_num_threads(), *map(address, tensors), address(packed))
         return packed
 
-    def forward(self, x: Tensor, packed: Tensor, more: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, packed: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """The output ``[N, O, S, H', W']``, without gradients.
 
         Args:
@@ -159,9 +166,9 @@ class Kernel:
             relu: whether ReLU comes then.
         """
         sizes, (height, width) = self.sizes, x.shape[3:]
-        y = new_grouped(x, len(x), sizes.out_channels, sizes.order, *sizes.output(height, width))
-        tensors = address(packed), address(x), address(more), int(relu), address(y)
-        call("forward", self.variant, self._layer(height, width), len(x), torch.get_num_threads(), *tensors)
+        y = new_group_major(x, len(x), sizes.out_channels, sizes.order, *sizes.output(height, width))
+        tensors = address(packed), address(x), address(residual), int(relu), address(y)
+        launch("forward", self.variant, self._layer(height, width), len(x), torch.get_num_threads(), *tensors)
         return y
 
     def backward(
@@ -171,17 +178,19 @@ class Kernel:
         mix, spatial, bias = self.shapes
         of_spatial = x.new_empty(spatial) if with_planes else None
         of_bias = None if bias is None else x.new_empty(bias)
-        found = new_grouped(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
+        found = new_group_major(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
         layer, threads = self._layer(*x.shape[3:]), torch.get_num_threads()
-        call("backward", self.variant, layer, len(x), threads, *map(address, (packed, x, gradient, *found)))
+        launch("backward", self.variant, layer, len(x), threads, *map(address, (packed, x, gradient, *found)))
         return found
 
-    def run(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
         """The same from the parameters themselves, with gradients."""
-        y: Tensor = _Differentiable.apply(self, x, mix, spatial, bias, more)
+        y: Tensor = _Differentiable.apply(self, x, mix, spatial, bias, residual)
         return y
 
-    def slowly(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
         """The same by PyTorch's operations."""
         s, i, o, rank, planar_first, k, *sampling = self.sizes
         form = FORMS["gc_in" if planar_first else "gc"]
@@ -218,8 +227,8 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
         depth, columns = d * i, d * o
         for term in range(rank):
             for copy in range(number):
-                adds = (term > 0, False) if planar_first else (False, term > 0)
-                where = reads[term], depth, writes[term], columns, *adds, packed, packed_back
+                can_fuse_add = (term > 0, False) if planar_first else (False, term > 0)
+                where = reads[term], depth, writes[term], columns, *can_fuse_add, packed, packed_back
                 products.append(_Product(*where, term, d, matrices, copy == 0))
                 reads[term] += depth
                 writes[term] += columns
@@ -252,11 +261,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, more: Tensor | None
+        ctx: Any, kernel: Kernel, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         ctx.kernel, ctx.packed = kernel, kernel.pack(mix, spatial, bias)
         ctx.save_for_backward(x, mix, spatial, bias)
-        return kernel.forward(x, ctx.packed, more)
+        return kernel.forward(x, ctx.packed, residual)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,10 +273,10 @@ class _Differentiable(torch.autograd.Function):
         of_more = gradient if ctx.needs_input_grad[5] else None
         given = ctx.saved_tensors
         if torch.is_grad_enabled():  # these gradients are to have some themselves
-            y = kernel.slowly(*given)
+            y = kernel.reference(*given)
             wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
             return None, *(next(found) if t is not None and t.requires_grad else None for t in given), of_more
-        if not lies_grouped(gradient):
-            gradient = new_grouped(gradient, *gradient.shape).copy_(gradient)
+        if not is_group_major(gradient):
+            gradient = new_group_major(gradient, *gradient.shape).copy_(gradient)
         return None, *kernel.backward(given[0], gradient, ctx.packed, ctx.needs_input_grad[3]), of_more

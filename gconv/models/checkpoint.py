@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gconv.nn.conv import GConv2d, SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.system.files import atomic_path
-from gconv.system.memory import keep_usual_blocks
+from gconv.system.memory import raise_mmap_threshold
 
 from .zoo import Model, ModelSpec, build_model
 
@@ -93,7 +93,7 @@ def load(path: str | Path) -> Model:
     Raises:
         InputError: as :func:`read`.
     """
-    keep_usual_blocks()
+    raise_mmap_threshold()
     return read(path).model
 
 

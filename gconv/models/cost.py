@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv.functional.forms import check_execution
-from gconv.nn.conv import _GroupConv
+from gconv.nn.conv import GroupConvBase
 from gconv.nn.modes import evaluating
 from gconv.system.errors import InputError
 
@@ -90,7 +90,7 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
         published = executed = 0
         if isinstance(module, nn.Conv2d):
             published = executed = out * module.weight.numel()
-        elif isinstance(module, _GroupConv):
+        elif isinstance(module, GroupConvBase):
             at_input, at_output = module.macs(execution)
             executed = into * at_input + out * at_output
             published = out * sum(module.macs("factorized"))

@@ -100,11 +100,11 @@ def equivariance_error(module: nn.Module, group: str | Group, input: Tensor) -> 
     return EquivarianceReport(errors, tuple(inexact))
 
 
-def _acted(of: Group, element: int, y: Tensor) -> Tensor:
+def _acted(group: Group, element: int, y: Tensor) -> Tensor:
     """The action on an output; one without a plane but with a group axis is seen as a map of a single pixel."""
-    if y.dim() == 3 and y.shape[2] == of.order:
-        return act(of, element, y[..., None, None])[..., 0, 0]
-    return act(of, element, y)
+    if y.dim() == 3 and y.shape[2] == group.order:
+        return act(group, element, y[..., None, None])[..., 0, 0]
+    return act(group, element, y)
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

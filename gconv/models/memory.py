@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from gconv.kernels.library import WatchesTensors
+from gconv.kernels.library import TensorLifetimeMode
 
 
-class _Live(WatchesTensors):
+class _Live(TensorLifetimeMode):
     """Sums the storages that operations return, from when they appear to when nobody holds them any more."""
 
     def __init__(self) -> None:

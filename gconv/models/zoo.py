@@ -176,7 +176,7 @@ class _Block(nn.Module):
         active = _active(self.bn1, x)
         passed = x if self.shortcut is None else self.shortcut(active)
         between = _convolved(self.conv1, self.bn2, active)
-        return self.conv2(between, more=passed) if _may_do_more(self.conv2, x) else passed + self.conv2(between)
+        return self.conv2(between, residual=passed) if _may_do_more(self.conv2, x) else passed + self.conv2(between)
 
 
 class ResNet44(Model):
@@ -212,12 +212,12 @@ class ResNet44(Model):
         return self.fc(self.pool(_active(self.bn, x)).flatten(1))
 
 
-def _cnn(name: str, width: int, on: str = "p4", separable: str | None = None) -> tuple[type[Model], ModelSpec]:
-    return CNN, ModelSpec(name, on, (width,), separable, in_channels=1)
+def _cnn(name: str, width: int, group: str = "p4", separable: str | None = None) -> tuple[type[Model], ModelSpec]:
+    return CNN, ModelSpec(name, group, (width,), separable, in_channels=1)
 
 
-def _resnet(name: str, *widths: int, on: str = "p4m", separable: str | None = None) -> tuple[type[Model], ModelSpec]:
-    return ResNet44, ModelSpec(name, on, widths, separable, in_channels=3)
+def _resnet(name: str, *widths: int, group: str = "p4m", separable: str | None = None) -> tuple[type[Model], ModelSpec]:
+    return ResNet44, ModelSpec(name, group, widths, separable, in_channels=3)
 
 
 _REGISTRY = {
@@ -230,7 +230,7 @@ _REGISTRY = {
         _cnn("g-p4cnn", 17, separable="g"),
         _cnn("gc-p4cnn-small", 10, separable="gc"),
         _cnn("gc-p4cnn", 30, separable="gc"),
-        _resnet("resnet44", 32, 64, 128, on="z2"),
+        _resnet("resnet44", 32, 64, 128, group="z2"),
         _resnet("p4m-resnet44", 11, 23, 45),
         _resnet("g-p4m-resnet44", 19, 38, 76, separable="g"),
         _resnet("gc-p4m-resnet44", 28, 56, 112, separable="gc"),

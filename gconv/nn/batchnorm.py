@@ -9,9 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gconv.functional.expansion import from_group_major, is_channels_last, lies_channels_last, to_group_major
+from gconv.functional.expansion import (
+    from_group_major,
+    has_channels_last_strides,
+    is_strictly_channels_last,
+    to_group_major,
+)
 from gconv.functional.expansion import relu as relu_of
-from gconv.kernels.library import library, norm, norm_backward, norm_train, takes
+from gconv.kernels.library import is_supported, library, norm, norm_backward, norm_train
 from gconv.system.distributed import processes, sum_over_processes
 from gconv.system.errors import InputError
 
@@ -38,7 +43,7 @@ class GroupBatchNorm2d(_BatchNorm):
         x = to_group_major(input)
         order = x.shape[1] // input.shape[1]
         if not (self.training or self.running_mean is None):
-            y = self._normalised_as_before(x, order, relu)
+            y = self._eval_forward(x, order, relu)
         elif order > 1 and x.is_cuda and processes() == 1 and not torch.compiler.is_compiling():
             y = _planar(super().forward(_elements_as_images(x, order)), x)
             y = relu_of(y) if relu else y
@@ -49,7 +54,7 @@ class GroupBatchNorm2d(_BatchNorm):
             return relu_of(y) if relu else y
         return y.view(input.shape) if order == 1 else from_group_major(y, order)
 
-    def _normalised_as_before(self, x: Tensor, order: int, relu: bool) -> Tensor:
+    def _eval_forward(self, x: Tensor, order: int, relu: bool) -> Tensor:
         """By the running statistics."""
         assert self.running_mean is not None and self.running_var is not None
         given = self.weight, self.bias, self.running_mean, self.running_var
@@ -71,7 +76,7 @@ class GroupBatchNorm2d(_BatchNorm):
         channels = x.shape[1] // order
         weight = x.new_ones(channels, dtype=_precision(x)) if self.weight is None else self.weight
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
-        if not (x.is_contiguous() or is_channels_last(x)):
+        if not (x.is_contiguous() or is_strictly_channels_last(x)):
             x = x.contiguous()
         normalise = _normalise if torch.compiler.is_compiling() else _Normalise.apply
         y, mean, var, count = normalise(x, weight, bias, order, self.eps, relu)
@@ -201,7 +206,7 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 
 def _is_compiled(x: Tensor, order: int, *parameters: Tensor | None) -> bool:
     """Whether the compiled passes are for this map and what its channels have, each ``[C]``."""
-    usual = library() is not None and takes(x, *parameters) and lies_channels_last(x)
+    usual = library() is not None and is_supported(x, *parameters) and has_channels_last_strides(x)
     return usual and all(of is not None and order * len(of) == x.shape[1] for of in parameters)
 
 

@@ -15,7 +15,7 @@ from gconv.functional.expansion import (
     Tables,
     expand,
     from_group_major,
-    lies_channels_last,
+    has_channels_last_strides,
     on_tensor_cores,
     to_group_major,
 )
@@ -25,14 +25,14 @@ from gconv.functional.mixing import Basis, basis_of, basis_on
 from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
 from gconv.kernels.dispatch import Sizes, in_basis_pays, mixes_pay
-from gconv.kernels.library import convolve, takes
+from gconv.kernels.library import convolve, is_supported
 from gconv.kernels.separable_conv import Kernel, kernel_of
 from gconv.system.errors import InputError
 
-_Layer = TypeVar("_Layer", bound="_GroupConv")
+_Layer = TypeVar("_Layer", bound="GroupConvBase")
 
 
-class _How(NamedTuple):
+class _RunConfig(NamedTuple):
     """How a layer runs: its execution, the memory format of the maps, and the compiled kernel, if that does it."""
 
     execution: Execution
@@ -40,7 +40,7 @@ class _How(NamedTuple):
     kernel: Kernel | None = None
 
 
-class _Prepared(NamedTuple):
+class _PackedWeights(NamedTuple):
     """What the convolutions of a layer take beside the input: their filters, and the bias along the group axis.
 
     All group-major, as the maps are inside the layers (:mod:`gconv.functional.expansion`). For the compiled kernel the
@@ -55,11 +55,11 @@ class _Prepared(NamedTuple):
 class _Cache(NamedTuple):
     """What was prepared, and from what: how the layer runs, and copies of the parameters."""
 
-    how: _How
+    how: _RunConfig
     parameters: list[Tensor]
-    prepared: _Prepared
+    prepared: _PackedWeights
 
-    def is_of(self, how: _How, parameters: list[Tensor]) -> bool:
+    def is_of(self, how: _RunConfig, parameters: list[Tensor]) -> bool:
         """Whether these are still the same, by value: no version counter sees every way to change a parameter."""
         pairs = zip(parameters, self.parameters, strict=False)
         return (
@@ -69,7 +69,7 @@ class _Cache(NamedTuple):
         )
 
 
-class _GroupConv(nn.Module, ABC):
+class GroupConvBase(nn.Module, ABC):
     """What the layers share: arguments checked once, index tables, bias, the shapes of input and output.
 
     The tables are non-persistent buffers: they follow the module to its device and never enter the state dict.
@@ -176,7 +176,7 @@ class _GroupConv(nn.Module, ABC):
             accepted = f"[N, {i}, {s_in}, H, W]" + (f" or [N, {i}, H, W]" if s_in == 1 else "")
             raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
 
-    def forward(self, x: Tensor, *, more: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """The layer's output ``[N, O, S, H', W']``; plus a map of that shape, and then ReLU, if asked.
 
         Raises:
@@ -185,51 +185,51 @@ class _GroupConv(nn.Module, ABC):
         self._check_input(x)
         if x.dim() == 4 and not self._lifting:
             x = x.unsqueeze(2)
-        parameters = self._own_parameters(x)
+        parameters = self._plain_parameters(x)
         kernel = None if parameters is None else self._kernel_for(x, parameters)
         if kernel is None:
             planar = to_group_major(x)
-            prepared = self._prepared(_How(self.execution, lies_channels_last(planar)), parameters)
+            prepared = self._prepared(_RunConfig(self.execution, has_channels_last_strides(planar)), parameters)
             y = from_group_major(self._run(planar, prepared), self.group.order)
-        elif kernel.adds(more, x):
+        elif kernel.can_fuse_add(residual, x):
             if torch.is_grad_enabled():
-                y, more = kernel.run(x, *self._kernel_parameters(), self.bias, more), None
+                y, residual = kernel.run(x, *self._kernel_parameters(), self.bias, residual), None
             else:
-                (packed,) = self._prepared(_How(self.execution, True, kernel), parameters).filters
-                return kernel.forward(x, packed, more, relu)
+                (packed,) = self._prepared(_RunConfig(self.execution, True, kernel), parameters).filters
+                return kernel.forward(x, packed, residual, relu)
         else:
             y = self.forward(x)
-        y = y if more is None else y + more
+        y = y if residual is None else y + residual
         return relu_of(y) if relu else y
 
     @abstractmethod
-    def _new_filters(self, how: _How) -> tuple[Any, ...]:
+    def _new_filters(self, how: _RunConfig) -> tuple[Any, ...]:
         """The filters of the convolutions, from the parameters."""
 
     def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
         """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
         return expand(weight, self._expansion, group_major=True, channels_last=channels_last)
 
-    def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+    def _run(self, x: Tensor, prepared: _PackedWeights) -> Tensor:
         """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
         (weight,) = prepared.filters
         return convolve(x, weight, prepared.bias, *self.sampling)
 
-    def _prepare(self, how: _How) -> _Prepared:
+    def _prepare(self, how: _RunConfig) -> _PackedWeights:
         if how.kernel is not None:
-            return _Prepared((how.kernel.pack(*self._kernel_parameters(), self.bias),), None)
+            return _PackedWeights((how.kernel.pack(*self._kernel_parameters(), self.bias),), None)
         bias = None if self.bias is None else self.bias.repeat(self.group.order)
-        return _Prepared(self._new_filters(how), bias)
+        return _PackedWeights(self._new_filters(how), bias)
 
     @property
-    def mixes(self) -> bool:
+    def runs_in_irreps(self) -> bool:
         """Whether the compiled kernel, where it is, is to run the whole filter as mixes of pixels; see GConv2d."""
         whole = self.execution == "dense" and not self._lifting
         return whole and mixes_pay(self.group, self.filter_shape)
 
     def _kernel(self) -> Kernel | None:
         """The compiled kernel, where it is to run this layer."""
-        if not self.mixes:
+        if not self.runs_in_irreps:
             return None
         o, i, s, k = self.filter_shape
         sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
@@ -245,10 +245,10 @@ class _GroupConv(nn.Module, ABC):
     def _kernel_for(self, x: Tensor, parameters: list[Tensor]) -> Kernel | None:
         """The compiled kernel, if that is to run this layer and takes the map and the parameters."""
         kernel = self._kernel()
-        usual = kernel is not None and takes(x, *parameters) and kernel.takes(x)
+        usual = kernel is not None and is_supported(x, *parameters) and kernel.is_supported(x)
         return kernel if usual else None
 
-    def _own_parameters(self, x: Tensor) -> list[Tensor] | None:
+    def _plain_parameters(self, x: Tensor) -> list[Tensor] | None:
         """The parameters, on a CPU; None where what is not seen here may come with a map, or stands in for them.
 
         These are compilers and tracers, and tensors of other types: of functional calls, parametrisations, tracers.
@@ -265,7 +265,7 @@ class _GroupConv(nn.Module, ABC):
             own.append(parameter)
         return own
 
-    def _prepared(self, how: _How, parameters: list[Tensor] | None) -> _Prepared:
+    def _prepared(self, how: _RunConfig, parameters: list[Tensor] | None) -> _PackedWeights:
         """What runs, made anew or kept from before."""
         if parameters is None:
             return self._prepare(how)
@@ -313,7 +313,7 @@ class _GroupConv(nn.Module, ABC):
         return text + ("" if self.bias is not None else ", bias=False")
 
 
-class _FullConv(_GroupConv):
+class FullConvBase(GroupConvBase):
     """A layer with the whole generator as its ``weight``, initialised as ``nn.Conv2d`` is at the expanded width."""
 
     weight: nn.Parameter
@@ -329,11 +329,11 @@ class _FullConv(_GroupConv):
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_shared()
 
-    def _new_filters(self, how: _How) -> tuple[Any, ...]:
+    def _new_filters(self, how: _RunConfig) -> tuple[Any, ...]:
         return (self._expanded(self.weight, how.channels_last),)
 
 
-class LiftingConv2d(_FullConv):
+class LiftingConv2d(FullConvBase):
     """From planar maps to the group: every planar kernel is applied in all its S turned copies.
 
     Input ``[N, I, H, W]`` (or ``[N, I, 1, H, W]``), output ``[N, O, S, H', W']``; ``weight [O, I, 1, k, k]``,
@@ -358,7 +358,7 @@ class LiftingConv2d(_FullConv):
     _lifting = True
 
 
-class GConv2d(_FullConv):
+class GConv2d(FullConvBase):
     """Group convolution with the full filter: ``y[o, s] = sum_i sum_s' x[i, s'] * K_s[o, i, s'] + b[o]``.
 
     Input ``[N, I, S, H, W]``, output ``[N, O, S, H', W']``; ``weight [O, I, S, k, k]`` and ``bias [O]`` as in GrouPy.
@@ -373,7 +373,7 @@ class GConv2d(_FullConv):
 _PIXELS = FORMS["gc_in"]
 
 
-class SeparableGConv2d(_GroupConv):
+class SeparableGConv2d(GroupConvBase):
     """Group convolution with a filter of rank R in one of the separable forms (:mod:`gconv.functional.forms`).
 
     Input and output as :class:`GConv2d`. Parameters ``mix`` and ``spatial`` have the shapes listed in
@@ -466,7 +466,7 @@ class SeparableGConv2d(_GroupConv):
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
 
-    def _new_filters(self, how: _How) -> tuple[Any, ...]:
+    def _new_filters(self, how: _RunConfig) -> tuple[Any, ...]:
         if self.execution == "dense":
             return (self._expanded(self.weight, how.channels_last),)
         basis = self._basis_for(self.execution)
@@ -479,7 +479,7 @@ class SeparableGConv2d(_GroupConv):
             basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)
         return self.form.filters(self.mix, self.spatial, self.tables, basis)
 
-    def _run(self, x: Tensor, prepared: _Prepared) -> Tensor:
+    def _run(self, x: Tensor, prepared: _PackedWeights) -> Tensor:
         if self.execution == "dense":
             return super()._run(x, prepared)
         w, d = prepared.filters
@@ -585,7 +585,7 @@ class SeparableGConv2d(_GroupConv):
         return f"{super().extra_repr()}, form={self.form.name}, rank={self.rank}, execution={self.execution}"
 
 
-def _copy_into(target: _Layer, source: _GroupConv, **parameters: Tensor) -> _Layer:
+def _copy_into(target: _Layer, source: GroupConvBase, **parameters: Tensor) -> _Layer:
     """Give ``target`` these parameters, the mode of ``source``, and its bias unless another one is given."""
     if source.bias is not None:
         parameters = {"bias": source.bias, **parameters}

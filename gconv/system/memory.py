@@ -10,7 +10,7 @@ import torch
 _USUAL_BLOCK = 31 * 2**20  # the largest that glibc learns from is 32 MiB with its own bytes and the alignment
 
 
-def keep_usual_blocks() -> None:
+def raise_mmap_threshold() -> None:
     """Let the C library keep freed blocks of the size of a small network's maps (below 31 MiB) for the next ones.
 
     glibc returns large blocks to the system at once, and gets new ones page by page, cleared, in every pass of a
@@ -24,7 +24,7 @@ def keep_usual_blocks() -> None:
 def reuse_freed_memory() -> None:
     """Let this process keep all memory that it frees, for its next tensors; on Linux with glibc, else nothing.
 
-    Beyond :func:`keep_usual_blocks`, for the large maps of training. For programs that train, not for libraries.
+    Beyond :func:`raise_mmap_threshold`, for the large maps of training. For programs that train, not for libraries.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

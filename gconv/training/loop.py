@@ -23,7 +23,7 @@ from gconv.system.signals import Stop
 from .augmentation import DRAWS, augment
 from .evaluation import check_split, evaluate
 from .recipe import Recipe
-from .regularization import tail_energy
+from .regularization import rank1_residual
 
 if TYPE_CHECKING:
     from .datasets import Split
@@ -189,7 +189,7 @@ class _Fit:
         scores = scores.to(self.images.dtype)
         value = self.loss(images, scores, labels)
         if self.recipe.separability:
-            value = value + self.recipe.separability * tail_energy(self.model, self.recipe.separability_form)
+            value = value + self.recipe.separability * rank1_residual(self.model, self.recipe.separability_form)
         self.optimizer.zero_grad(set_to_none=True)
         # The mean over processes, which is what their gradients are combined by, is that over the images.
         (value * (len(mine) * processes() / len(batch))).backward()

@@ -9,7 +9,7 @@ from gconv.functional.forms import Form, form_named
 from gconv.nn.conv import GConv2d
 
 
-def tail_energy(model: nn.Module, form: str | Form) -> Tensor:
+def rank1_residual(model: nn.Module, form: str | Form) -> Tensor:
     """The share of the filters' energy that rank 1 of a form leaves out, averaged over the layers; differentiable.
 
     Of a layer whose generator folds into the blocks ``M_b`` it is ``1 - sum_b s_1(M_b)^2 / sum_b |M_b|^2``, where s_1

@@ -10,7 +10,7 @@ import gconv
 from analysis import convert
 from gconv import MODELS, create_model
 from gconv.deploy.fuse import fuse
-from gconv.deploy.program import Frozen
+from gconv.deploy.program import Program
 from gconv.nn.batchnorm import GroupBatchNorm2d
 
 
@@ -43,9 +43,9 @@ def test_the_scores_are_those_of_the_layers(name, batch):
     net, images = fused(name)
     images = torch.rand(batch, *images.shape[1:])
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    mixes = any(getattr(m, "mixes", False) and m.kernel_size != (1, 1) for m in net.modules())
-    plain = net.spec.separable in (None, "c", "g") and not mixes  # the others do not run as ordinary convolutions
-    assert (net._inference._frozen.plain is not None) == plain
+    irreps = any(getattr(m, "runs_in_irreps", False) and m.kernel_size != (1, 1) for m in net.modules())
+    plain = net.spec.separable in (None, "c", "g") and not irreps  # the others do not run as ordinary convolutions
+    assert (net._inference._program.plain is not None) == plain
 
 
 @pytest.mark.parametrize("group", ["p2", "pm", "pmm", "p4", "p4m"])
@@ -53,15 +53,15 @@ def test_on_any_group_and_with_converted_layers(group):
     net, _ = convert(create_model("p4cnn", width=3, group=group).eval(), "gc", rank=2, execution="dense")
     net, images = fuse(net), torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert net._inference._frozen.plain is not None
+    assert net._inference._program.plain is not None
 
 
 def test_it_is_made_once():
     net, images = fused()
     frozen(net, images)
-    made = net._inference._frozen
+    made = net._inference._program
     frozen(net, images)
-    assert net._inference._frozen is made
+    assert net._inference._program is made
 
 
 def by_data(net):
@@ -110,9 +110,9 @@ def test_a_changed_network_gives_its_new_scores(change):
 def test_a_changed_statistic_is_seen():
     net, images = fused("p4m-resnet44", width=2)
     frozen(net, images)
-    made = net._inference._frozen
+    made = net._inference._program
     frozen(net, images)
-    assert net._inference._frozen is made
+    assert net._inference._program is made
     net.bn.running_mean += 1
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_a_layer_that_is_watched_runs():
     assert seen == [(3, 3, 4, 10, 10)]
     handle.remove()
     frozen(net, images)
-    assert net._inference._frozen.plain is not None and len(seen) == 1
+    assert net._inference._program.plain is not None and len(seen) == 1
 
 
 def test_a_layer_that_runs_factorized_does():
@@ -135,10 +135,10 @@ def test_a_layer_that_runs_factorized_does():
         if isinstance(layer, gconv.SeparableGConv2d):
             layer.execution = "dense"
     frozen(net, images)
-    assert net._inference._frozen.plain is not None
+    assert net._inference._program.plain is not None
     net.conv2.execution = "factorized"
     frozen(net, images)
-    assert net._inference._frozen.plain is None
+    assert net._inference._program.plain is None
 
 
 def test_gradients_doubles_and_training_go_through_the_layers():
@@ -147,7 +147,7 @@ def test_gradients_doubles_and_training_go_through_the_layers():
     assert all(parameter.grad is not None for parameter in net.parameters())
     frozen(net.double(), images.double())
     frozen(net.float().train(), images)
-    assert net._inference._frozen is None
+    assert net._inference._program is None
 
 
 def test_the_network_keeps_its_gradients():
@@ -177,7 +177,7 @@ def test_a_copy_makes_its_own():
     net, images = fused()
     frozen(net, images)
     twin = deepcopy(net)
-    assert twin._inference._frozen is None and set(twin.state_dict()) == set(net.state_dict())
+    assert twin._inference._program is None and set(twin.state_dict()) == set(net.state_dict())
     with torch.no_grad():
         twin.fc.bias.add_(1)
     torch.testing.assert_close(frozen(twin, images), frozen(net, images) + 1)
@@ -186,7 +186,7 @@ def test_a_copy_makes_its_own():
 def test_a_network_that_is_not_fused_has_none():
     net = create_model("p4cnn", width=2).eval()
     frozen(net, torch.rand(1, 1, 28, 28))
-    assert net._inference._frozen is None
+    assert net._inference._program is None
 
 
 def test_without_onednn_it_is_the_plain_network(monkeypatch):
@@ -194,12 +194,12 @@ def test_without_onednn_it_is_the_plain_network(monkeypatch):
     net, images = fused()
     images = torch.rand(40, *images.shape[1:])
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert Frozen(net).plain is not None and Frozen(net).batched is None
+    assert Program(net).plain is not None and Program(net).batched is None
 
 
 def test_batches_run_with_relu_inside_the_convolutions():
     net, _ = fused()
-    made = Frozen(net)
+    made = Program(net)
     inside = [type(module).__name__ for module in made.batched.modules()].count("_ConvReLU")
     assert inside == 6  # of seven convolutions the second has its ReLU behind the pooling
     assert {id(p) for p in made.batched.parameters()} == {id(p) for p in made.plain.parameters()}
@@ -207,14 +207,14 @@ def test_batches_run_with_relu_inside_the_convolutions():
 
 def test_by_counters_as_on_a_gpu_it_sees_what_is_changed_in_place():
     net, images = fused()
-    made = Frozen(net)
+    made = Program(net)
     made._by_value, made.batched, made._versions = False, None, made._counted()
     torch.testing.assert_close(made.run(images), layers(net, images), rtol=1e-5, atol=1e-5)
     assert made.is_of(net)
     with torch.no_grad():
         net.conv2.weight.mul_(1)  # the same values, but nobody has looked
     assert not made.is_of(net)
-    again = Frozen(net)
+    again = Program(net)
     again._by_value, again._versions = False, again._counted()
     net.load_state_dict(net.state_dict())
     assert not again.is_of(net)

@@ -12,7 +12,7 @@ from gconv.functional.expansion import (
     Tables,
     expand,
     from_group_major,
-    is_channels_last,
+    is_strictly_channels_last,
     relu,
     to_group_major,
     to_planar,
@@ -161,7 +161,7 @@ def test_an_expanded_filter_has_the_same_values_in_both_memory_formats(group_maj
     plain = expand(weight, expansion, group_major=group_major)
     last = expand(weight, expansion, group_major=group_major, channels_last=True)
     assert last.equal(plain)
-    assert plain.is_contiguous() and is_channels_last(last)
+    assert plain.is_contiguous() and is_strictly_channels_last(last)
 
 
 def test_the_view_of_a_single_image_stays_channels_last():

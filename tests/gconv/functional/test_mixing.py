@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gconv import GROUPS, SeparableGConv2d, gconv2d, group
-from gconv.functional.expansion import from_group_major, is_channels_last
+from gconv.functional.expansion import from_group_major, is_strictly_channels_last
 from gconv.functional.mixing import DirectMixing, IrrepMixing, basis_of, regular
 from gconv.kernels.dispatch import PLANES, in_basis_pays, variants
-from gconv.nn.conv import _How
+from gconv.nn.conv import _RunConfig
 
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(form, dtype, toleranc
 def test_channels_last_maps_stay_so(form, execution, rank):
     layer = SeparableGConv2d(3, 2, 3, padding=1, group="p4m", form=form, rank=rank, execution=execution)
     y = layer(maps(layer, 6, torch.float32, True))
-    assert is_channels_last(y.transpose(1, 2).flatten(1, 2))
+    assert is_strictly_channels_last(y.transpose(1, 2).flatten(1, 2))
 
 
 def test_the_change_of_basis_pays_where_there_are_many_channels():
@@ -93,7 +93,7 @@ def test_layers_run_in_irreps_by_default_where_that_is_faster(monkeypatch, form,
 @pytest.mark.parametrize(("channels", "mixing"), [(8, DirectMixing), (64, IrrepMixing)])
 def test_a_compiler_gets_irreps_only_of_many_channels(monkeypatch, form, channels, mixing):
     layer = SeparableGConv2d(channels, channels, 3, group="p4m", form=form, execution="irrep")
-    how = _How("irrep", channels_last=True)
+    how = _RunConfig("irrep", channels_last=True)
     assert isinstance(layer._new_filters(how)[0], IrrepMixing)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert isinstance(layer._new_filters(how)[0], mixing)

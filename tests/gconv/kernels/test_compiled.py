@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import FORMS, GROUPS, GConv2d, GroupBatchNorm2d, SeparableGConv2d, create_model, fuse, gconv2d, group
-from gconv.functional.expansion import channels_last, from_group_major, is_channels_last, to_group_major
+from gconv.functional.expansion import channels_last, from_group_major, is_strictly_channels_last, to_group_major
 from gconv.kernels import dispatch as choice
 from gconv.kernels import library as compiled
 from gconv.kernels import separable_conv as onepass
-from gconv.kernels.library import WatchesTensors
+from gconv.kernels.library import TensorLifetimeMode
 from gconv.system.errors import InputError
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no C compiler")
@@ -63,7 +63,7 @@ def drawn(draw, form, version):
 
 def in_kernel(layer, x):
     """What runs, which is to be the kernel."""
-    kernel = layer._kernel_for(x, layer._own_parameters(x))
+    kernel = layer._kernel_for(x, layer._plain_parameters(x))
     assert kernel is not None
     return kernel
 
@@ -79,7 +79,7 @@ def as_defined(layer, x):
     given = x.detach().requires_grad_(), x.detach().double().requires_grad_()
     y = layer(given[0])
     expected = gconv2d(given[1], exact.weight, exact.bias, exact.group, exact.sampling)
-    assert is_channels_last(to_group_major(y)) or min(y.shape[3:]) == 1 or y.shape[1] * y.shape[2] == 1
+    assert is_strictly_channels_last(to_group_major(y)) or min(y.shape[3:]) == 1 or y.shape[1] * y.shape[2] == 1
     assert close(y, expected)
     direction = torch.rand_like(y)  # sums of either sign could come out as nearly nothing
     ours = torch.autograd.grad(y, [given[0], *layer.parameters()], direction)
@@ -108,9 +108,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(only, version, form):
             more = from_group_major(more, layer.group.order)
             kept = layer.eval()(x)
             assert torch.equal(kept, y)
-            torch.testing.assert_close(layer(x, more=more, relu=True), F.relu(y + more))
+            torch.testing.assert_close(layer(x, residual=more, relu=True), F.relu(y + more))
             torch.testing.assert_close(layer(x, relu=True), F.relu(y))
-            torch.testing.assert_close(layer(x, more=more), y + more)
+            torch.testing.assert_close(layer(x, residual=more), y + more)
 
     check()
 
@@ -143,7 +143,7 @@ def test_planes_are_for_few_channels():
 @versions
 def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
     only(version)
-    monkeypatch.setattr(GConv2d, "mixes", True)  # of any size
+    monkeypatch.setattr(GConv2d, "runs_in_irreps", True)  # of any size
 
     @settings(max_examples=25, deadline=None)
     @given(data=st.data())
@@ -169,21 +169,21 @@ def test_a_separable_layer_that_runs_dense_does_as_the_full_one(form):
     """Or a network converted to few parameters would be slower than its original."""
     torch.manual_seed(0)
     layer = SeparableGConv2d(8, 9, 3, padding=1, group="p4m", form=form, rank=2, execution="dense")
-    assert layer.mixes
+    assert layer.runs_in_irreps
     assert layer._kernel() is layer.to_dense()._kernel()
     y = as_defined(layer, from_group_major(channels_last(torch.randn(2, 64, 6, 7)), 8))
     assert y.shape == (2, 9, 8, 6, 7)
     small = SeparableGConv2d(4, 4, 3, group="p4", form=form, execution="dense")
-    assert not small.mixes
+    assert not small.runs_in_irreps
     assert small._kernel() is None
 
 
 @built
 def test_large_full_layers_run_so_and_small_ones_do_not():
     for on, small, large in (("p4", 26, 27), ("p4m", 7, 8)):
-        assert not GConv2d(small, small, 3, group=on).mixes
-        assert GConv2d(large, large, 3, group=on).mixes
-    assert not GConv2d(100, 100, 3, group="z2").mixes
+        assert not GConv2d(small, small, 3, group=on).runs_in_irreps
+        assert GConv2d(large, large, 3, group=on).runs_in_irreps
+    assert not GConv2d(100, 100, 3, group="z2").runs_in_irreps
 
 
 @built
@@ -301,7 +301,7 @@ def test_everything_else_is_left_to_pytorch(form, bad):
         case "channels_first":
             x = x.contiguous()
     x = from_group_major(x, 4)
-    assert layer._kernel_for(x, layer._own_parameters(x)) is None
+    assert layer._kernel_for(x, layer._plain_parameters(x)) is None
     expected = gconv2d(x, layer.weight, layer.bias, layer.group, layer.sampling)
     torch.testing.assert_close(layer(x), expected)
 
@@ -316,7 +316,7 @@ def test_without_a_compiler_all_is_as_before(only, monkeypatch, form):
     monkeypatch.setattr(compiled, "library", lambda: None)
     monkeypatch.setattr("gconv.nn.batchnorm.library", lambda: None)
     norm.reset_running_stats()
-    assert layer._kernel_for(x, layer._own_parameters(x)) is None
+    assert layer._kernel_for(x, layer._plain_parameters(x)) is None
     for now, before in zip([norm.train(mode)(layer(x)) for mode in (True, False)], with_it, strict=True):
         torch.testing.assert_close(now, before)
     assert SeparableGConv2d(9, 9, 3, group="p4m", form=form).execution == "factorized"
@@ -370,9 +370,9 @@ def test_what_does_not_fit_is_refused_or_done_by_pytorch_and_never_read_beyond(g
             GroupBatchNorm2d(3).train(grad)(x)
         layer = SeparableGConv2d(4, 4, 3, padding=1, group="p4", form="gc").train(grad)
         one = from_group_major(channels_last(torch.randn(1, 16, 6, 6)), 4)
-        torch.testing.assert_close(layer(x, more=one), layer(x) + one)
+        torch.testing.assert_close(layer(x, residual=one), layer(x) + one)
         with pytest.raises(RuntimeError):
-            layer(x, more=one[..., :3])
+            layer(x, residual=one[..., :3])
 
 
 @built
@@ -398,8 +398,8 @@ def test_who_counts_operations_sees_some_and_a_profiler_sees_the_kernel(form):
         with FlopCounterMode(display=False) as counter:
             torch.testing.assert_close(layer(x), expected)
         assert counter.get_total_flops() == 2 * 2 * 36 * sum(layer.macs())
-        with WatchesTensors():
-            assert layer._kernel_for(x, layer._own_parameters(x)) is not None
+        with TensorLifetimeMode():
+            assert layer._kernel_for(x, layer._plain_parameters(x)) is not None
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             assert torch.equal(layer(x), expected)
     assert "gconv::forward" in {event.key for event in profile.key_averages()}
@@ -407,7 +407,7 @@ def test_who_counts_operations_sees_some_and_a_profiler_sees_the_kernel(form):
 
 @built
 def test_no_memory_is_said(monkeypatch):
-    monkeypatch.setattr(compiled, "compiled", lambda: SimpleNamespace(gconv_forward=lambda *_: 1))
+    monkeypatch.setattr(compiled, "require_library", lambda: SimpleNamespace(gconv_forward=lambda *_: 1))
     layer = SeparableGConv2d(4, 5, 3, group="p4").eval()
     x = from_group_major(channels_last(torch.randn(2, 16, 6, 6)), 4)
     kernel = in_kernel(layer, x)
@@ -480,14 +480,13 @@ def test_small_convolutions_are_those_of_pytorch(data):
     x, weight = channels_last(torch.randn(shape)), torch.randn(out_channels, channels, k, k)
     bias = torch.randn(out_channels) if data.draw(st.booleans()) else None
     relu = data.draw(st.booleans())
-    y = compiled.full(x, weight.permute(2, 3, 1, 0).contiguous(), bias, relu)
+    y = compiled.small_conv2d(x, weight.permute(2, 3, 1, 0).contiguous(), bias, relu)
     expected = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double())
     expected = F.relu(expected) if relu else expected
     assert close(y, expected)
-    assert not close(compiled.full(x, 1.01 * weight.permute(2, 3, 1, 0).contiguous(), bias, relu), expected) or (
-        expected.abs().max() < 1e-3
-    )
-    assert compiled.full(x[:0], weight.permute(2, 3, 1, 0).contiguous(), bias, relu).shape == (0, *y.shape[1:])
+    wrong = compiled.small_conv2d(x, 1.01 * weight.permute(2, 3, 1, 0).contiguous(), bias, relu)
+    assert not close(wrong, expected) or expected.abs().max() < 1e-3
+    assert compiled.small_conv2d(x[:0], weight.permute(2, 3, 1, 0).contiguous(), bias, relu).shape == (0, *y.shape[1:])
 
 
 @narrow
@@ -519,7 +518,8 @@ def test_a_fused_network_of_few_channels_runs_so(monkeypatch):
     fused = fuse(net)
     images = torch.rand(5, 1, 28, 28)
     called = []
-    monkeypatch.setattr("gconv.deploy.program.full", lambda *of: called.append(of) or compiled.full(*of))
+    small_conv2d = compiled.small_conv2d
+    monkeypatch.setattr("gconv.deploy.program.small_conv2d", lambda *of: called.append(of) or small_conv2d(*of))
     with torch.no_grad():
         for some in (images, images[:1]):
             called.clear()

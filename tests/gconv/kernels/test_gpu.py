@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gconv
-from gconv.functional.expansion import channels_last, is_channels_last, on_tensor_cores
+from gconv.functional.expansion import channels_last, is_strictly_channels_last, on_tensor_cores
 from gconv.functional.forms import FORMS
 from gconv.nn.batchnorm import GroupBatchNorm2d
 
@@ -82,10 +82,10 @@ def test_batch_norm_is_that_of_the_cpu(format: torch.memory_format, relu: bool) 
 
 def test_maps_are_channels_last_on_tensor_cores_only(tf32: bool) -> None:
     images = torch.rand(2, 3, 8, 8, device="cuda")
-    assert on_tensor_cores(images) == is_channels_last(channels_last(images)) == tf32
-    assert is_channels_last(channels_last(images.half()))
+    assert on_tensor_cores(images) == is_strictly_channels_last(channels_last(images)) == tf32
+    assert is_strictly_channels_last(channels_last(images.half()))
     with torch.autocast("cuda", torch.bfloat16):
-        assert is_channels_last(channels_last(images))
+        assert is_strictly_channels_last(channels_last(images))
     assert not on_tensor_cores(images.double()) and not on_tensor_cores(images.cpu())
 
 
@@ -130,7 +130,7 @@ def test_a_fused_network_follows_its_parameters(name: str) -> None:
             change(net)
             got, expected = net(images), net._layers(images)
             assert (got - expected).norm() <= 2e-2 * expected.norm()
-    assert net._inference._frozen is not None
+    assert net._inference._program is not None
 
 
 @pytest.mark.parametrize("direction", ["inference", "training"])

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import FORMS, GROUPS, GConv2d, InputError, LiftingConv2d, SeparableGConv2d, gconv2d, group
-from gconv.functional.expansion import Sampling, lies_channels_last, to_group_major
+from gconv.functional.expansion import Sampling, has_channels_last_strides, to_group_major
 
 KINDS = ("lifting", "full", *FORMS)
 
@@ -414,7 +414,7 @@ def prepared_in(layer, run):
 
 def lies_channels_last_in(x):
     """Whether a layer reads this map as channels-last; it keeps its filters for one memory format."""
-    return lies_channels_last(to_group_major(x))
+    return has_channels_last_strides(to_group_major(x))
 
 
 def as_new(layer, x):

@@ -26,7 +26,7 @@ from gconv.training.datasets import Split
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import fit
 from gconv.training.recipe import AUGMENTATIONS, RECIPES, SCHEDULES, Recipe
-from gconv.training.regularization import tail_energy
+from gconv.training.regularization import rank1_residual
 
 positive = st.floats(0, 1e3)
 shares = st.floats(0, 1, exclude_max=True)
@@ -212,7 +212,7 @@ def test_label_smoothing_is_in_the_loss():
 @pytest.mark.parametrize("form", FORMS)
 def test_the_penalty_is_in_the_loss(form):
     loss, _, _ = first_loss(replace(SHORT, separability=2.0, separability_form=form))
-    expected = first_loss(SHORT)[0] + 2 * float(tail_energy(network(), form).detach())
+    expected = first_loss(SHORT)[0] + 2 * float(rank1_residual(network(), form).detach())
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
