@@ -21,8 +21,8 @@ import torch
 import gconv
 from analysis import filter_banks, redundancy
 from analysis.filters.banks import FilterBank
-from analysis.measures.irreps import irreps
 from analysis.measures.null_models import NULLS, null_filters
+from gconv.groups.irreps import irreps
 from gconv.system.cli import Parser, number
 from gconv.system.files import atomic_path, check_output
 

@@ -1,16 +1,17 @@
 """What the redundancy table measures on one layer, and how layers are pooled into a network.
 
-Functions take a generator ``[..., O, I, S, k, k]`` (leading axes: independent filters, one batch), or the Gram matrices
-of its kernels along the group axis, ``G[s, s'] = <K[o, i, s], K[o, i, s']>``, from which every measure of the group
-axis follows. They come in two frames:
+The functions take a generator ``[..., O, I, S, k, k]``; leading axes index independent filters, computed as one batch.
+The measures of the group axis need only the Gram matrices of the kernels along that axis,
+``G[s, s'] = <K[o, i, s], K[o, i, s']>``. There are two frames:
 
-* *stored*, ``K[o, i, s, y]``: copies along the group axis share one spatial kernel as it stands;
-* *turned*, ``K[o, i, s, s y]``: every kernel is turned back by its element first. The left regular representation
-  acting on these is the group's own action on the filter, ``(h K)[s, y] = K[h^-1 s, h^-1 y]``, so that a filter is
-  invariant in this frame exactly if the maps that it makes are the same along the group axis.
+* *stored*, ``K[o, i, s, y]``: the kernels as they are stored.
+* *turned*, ``K[o, i, s, s y]``: every kernel in the frame of its input element, that is, transformed back by its
+  element. In this frame the left regular representation is the group's action on the whole filter,
+  ``(h K)[s, y] = K[h^-1 s, h^-1 y]``. So a filter is invariant in this frame exactly if all maps that it makes along
+  the group axis are equal.
 
-A table is made in two steps. :func:`spectra` gives each measure in a form that is linear in the energy, so that draws
-and layers can be averaged; :func:`values` turns those into what a reader sees.
+A table is made in two steps. :func:`spectra` gives each measure as a share of the energy; shares of draws and of layers
+can be averaged. :func:`values` turns shares into the numbers that a reader sees.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gconv.groups.irreps import irreps
 from gconv.groups.point_groups import Group
 
-from .irreps import element_names, irreps
 from .spectra import (
     UNFOLDINGS,
     centred_energies,
@@ -36,20 +37,28 @@ from .spectra import (
     unfolding_energies,
 )
 
-# A measure and the part of the filter that it is taken of.
+# A measure, and the part of the filter that it describes.
 Key = tuple[str, str]
 
-# The separable forms that are measured. The turned ones of gconv.functional.forms are not: published tables have these
-# three.
+# The separable forms in the table: those that published tables have. g_turned and gc_turned are left out.
 MEASURED_FORMS = ("g", "gc", "gc_in")
 
-# Measures with one value for each rank: the share of the energy (or variance) that the ranks up to it keep.
+# The measures with one value per rank: the share of the energy, or of the variance, up to this rank.
 RANKED = ("explained_energy", "pca_explained_variance", "hosvd_energy")
 _TARGETS = {"rank_90": 0.90, "rank_95": 0.95, "rank_99": 0.99}
 
 
 def group_gram(weight: Tensor, group: Group, *, turned: bool = False) -> Tensor:
-    """The inner products of the spatial kernels of each filter along the group axis: ``[..., O, I, S, S]``."""
+    """The inner products of the spatial kernels of each filter along the group axis.
+
+    Args:
+        weight: generator ``[..., O, I, S, k, k]``.
+        group: the group of the axis S.
+        turned: whether each kernel is first transformed back by its element.
+
+    Returns:
+        ``[..., O, I, S, S]``, float64.
+    """
     o, i, s = weight.shape[-5:-2]
     if turned:
         return _gram(fold(weight, "gc_in", group).unflatten(-2, (o, s))).transpose(-4, -3)
@@ -57,10 +66,11 @@ def group_gram(weight: Tensor, group: Group, *, turned: bool = False) -> Tensor:
 
 
 def kernel_cosine(gram: Tensor) -> Tensor:
-    """How alike the kernels along the group axis are: the mean cosine over all pairs ``s != s'``.
+    """How similar the kernels along the group axis are: the mean cosine over all pairs ``s != s'``.
 
-    A plain mean, so that it compares directions whatever the kernels' norms; the energy-weighted mean is already
-    in the trivial irrep's share (``(S share - 1) / (S - 1)``). Pairs with a kernel of zeros are left out.
+    All pairs have the same weight, so the measure compares directions and ignores the kernels' norms. The mean weighted
+    by energy is no separate measure: it is ``(S share - 1) / (S - 1)`` with the share of the trivial representation.
+    Pairs with a kernel of zeros are left out.
 
     Args:
         gram: ``[..., S, S]`` from :func:`group_gram`.
@@ -76,37 +86,35 @@ def kernel_cosine(gram: Tensor) -> Tensor:
 
 
 def invariance(gram: Tensor, group: Group) -> Tensor:
-    """How close a filter is to its copy moved along the group axis: ``<L(h) K, K> / ||K||^2`` for every element h.
+    """How close a filter is to its transform under each element h: ``<L(h) K, K> / ||K||^2``.
 
-    L is the left regular representation, ``(L(h) K)[s] = K[h^-1 s]``. It is 1 exactly if h leaves the filter as it is,
-    as ``||L(h) K - K||^2 = 2 ||K||^2 (1 - <L(h) K, K> / ||K||^2)``. Its mean over all elements is the group average's
-    share of the energy, which is that of the trivial irrep.
+    L is the left regular representation, ``(L(h) K)[s] = K[h^-1 s]``. The measure is 1 exactly if h leaves the filter
+    unchanged, because ``||L(h) K - K||^2 = 2 ||K||^2 (1 - <L(h) K, K> / ||K||^2)``. Its mean over all elements is the
+    energy share of the group average, which is the share of the trivial representation.
 
     Args:
-        gram: ``[..., S, S]`` from :func:`group_gram`, of one filter each or summed over filters.
-        group: the group of that axis.
+        gram: ``[..., S, S]`` from :func:`group_gram`, of single filters or summed over filters.
+        group: the group of the axis S.
 
     Returns:
-        ``[..., S]``, at most 1, and 1 for the identity; NaN for a filter of zeros.
+        ``[..., S]``, at most 1; 1 for the identity. NaN for a filter of zeros.
     """
-    moved = torch.tensor(group.product[group.inverse], device=gram.device)  # [h, s]: h^-1 s
-    return _per_energy(gram[..., moved, torch.arange(group.order, device=gram.device)].sum(-1), gram)
+    source = torch.tensor(group.relative_table(), device=gram.device)  # [h, s]: h^-1 s
+    return _per_energy(gram[..., source, torch.arange(group.order, device=gram.device)].sum(-1), gram)
 
 
 def irrep_energy(gram: Tensor, group: Group) -> Tensor:
-    """The share of a filter's energy in each real irrep of the regular representation on the group axis.
+    """The share of a filter's energy in each real irreducible representation on the group axis.
 
-    ``||P_rho K||^2 / ||K||^2`` with the isotypic projectors of :mod:`analysis.measures.irreps`, which are the same for
-    the left
-    and the right regular representation. A random filter's is expected to be ``d_rho^2 / |H|``.
+    It is ``||P_rho K||^2 / ||K||^2`` with the isotypic projectors of :mod:`gconv.groups.irreps`. The expected share of
+    a random filter is ``d_rho^2 / |H|``.
 
     Args:
-        gram: ``[..., S, S]`` from :func:`group_gram`, of one filter each or summed over filters.
-        group: the group of that axis.
+        gram: ``[..., S, S]`` from :func:`group_gram`, of single filters or summed over filters.
+        group: the group of the axis S.
 
     Returns:
-        ``[..., irreps]`` in the order of :func:`analysis.measures.irreps.irreps`, with sum 1; NaN for a filter of
-        zeros.
+        ``[..., irreps]`` in the order of :func:`gconv.groups.irreps.irreps`, with sum 1; NaN for a filter of zeros.
     """
     projectors = torch.stack([torch.as_tensor(irrep.projector, device=gram.device) for irrep in irreps(group)])
     return _per_energy(torch.einsum("rst,...st->...r", projectors, gram), gram)
@@ -115,18 +123,20 @@ def irrep_energy(gram: Tensor, group: Group) -> Tensor:
 def spectra(weight: Tensor, group: Group, *, shared_inputs: bool = True) -> dict[Key, Tensor]:
     """All measures of one layer, each as shares of the layer's energy.
 
-    Measures that cannot tell anything are left out: a spectrum with one rank only (of 1x1 kernels along space, say),
-    the group axis where there is none, and the forms of a lifting layer, which has none. A layer of a single kernel,
-    of which nothing would be left, is told to have one rank along space.
+    A measure that carries no information is left out: a spectrum with a single rank (for example along space for 1x1
+    kernels), the measures of the group axis where there is none, and the forms of a lifting layer, which has no group
+    axis. A layer of one single kernel keeps one measure, its rank along space.
 
     Args:
         weight: generator ``[draws, O, I, S, k, k]``.
-        group: the group it is expanded under.
-        shared_inputs: whether all output channels read the same input channels. A grouped convolution's do not, so
-            nothing is measured over the filters of one input channel (``gc_in`` and the unfolding ``in``).
+        group: the group under which the generator is expanded.
+        shared_inputs: whether all output channels read the same input channels. This is false for a grouped
+            convolution; then the measures over all filters of one input channel are left out (``gc_in`` and the
+            unfolding ``in``).
 
     Returns:
-        For each (measure, part) ``[draws, n]``; for the ``RANKED`` ones the share of each rank, else n is 1.
+        ``[draws, n]`` for each (measure, part). For ``RANKED`` measures entry r - 1 is the share of rank r alone; for
+        the others n is 1.
     """
     o, i, s = weight.shape[-5:-2]
     found: dict[Key, Tensor] = {}
@@ -147,31 +157,41 @@ def spectra(weight: Tensor, group: Group, *, shared_inputs: bool = True) -> dict
         if energies.shape[-1] > 1 or (along == "space" and o * i * s == 1):
             found["hosvd_energy", along] = energy_shares(energies.unsqueeze(-2))
     if s > 1:
-        stored = _gram(blocks["g"].unflatten(-3, (o, i)))
-        turned = _gram(blocks["gc_in"].unflatten(-2, (o, s)))
-        for frame, gram in (("", stored), ("_turned", turned)):
-            found[f"cosine{frame}", "mean"] = kernel_cosine(gram).flatten(1).nanmean(-1, keepdim=True)
-            pooled = gram.sum((-4, -3))  # over all filters, whose order does not matter
-            kept = invariance(pooled, group)
-            names = ("average", *element_names(group)[1:])
-            for name, value in zip(names, (kept.mean(-1), *kept.unbind(-1)[1:]), strict=True):
-                found[f"invariance{frame}", name] = value.unsqueeze(-1)
-            for irrep, value in zip(irreps(group), irrep_energy(pooled, group).unbind(-1), strict=True):
-                found[f"irrep_energy{frame}", irrep.name] = value.unsqueeze(-1)
+        found |= _of_group_axis(_gram(blocks["g"].unflatten(-3, (o, i))), group, "")
+        found |= _of_group_axis(_gram(blocks["gc_in"].unflatten(-2, (o, s))), group, "_turned")
+    return found
+
+
+def _of_group_axis(gram: Tensor, group: Group, frame: str) -> dict[Key, Tensor]:
+    """The measures of the group axis; ``frame`` is appended to their names.
+
+    Args:
+        gram: ``[draws, O, I, S, S]``, or with O and I exchanged: the measures do not depend on the filters' order.
+        group: the group of the axis S.
+        frame: empty for kernels as stored, else ``_turned``.
+    """
+    found = {(f"cosine{frame}", "mean"): kernel_cosine(gram).flatten(1).nanmean(-1, keepdim=True)}
+    pooled = gram.sum((-4, -3))
+    by_element = invariance(pooled, group)
+    found[f"invariance{frame}", "average"] = by_element.mean(-1, keepdim=True)
+    for name, value in list(zip(group.element_names, by_element.unbind(-1), strict=True))[1:]:
+        found[f"invariance{frame}", name] = value.unsqueeze(-1)
+    for irrep, value in zip(irreps(group), irrep_energy(pooled, group).unbind(-1), strict=True):
+        found[f"irrep_energy{frame}", irrep.name] = value.unsqueeze(-1)
     return found
 
 
 def pool(layers: Sequence[dict[Key, Tensor]], weights: Sequence[float]) -> dict[Key, Tensor]:
-    """The weighted mean of :func:`spectra` over layers, each measure over the layers that have it.
+    """The weighted mean of :func:`spectra` over layers. Each measure is averaged over the layers that have it.
 
     Args:
         layers: what :func:`spectra` gave for each layer, with the same number of draws.
-        weights: one for each layer, above 0. With the number of entries of the generators, the result is what pooling
-            the energy gives once every layer is scaled to the same mean square. Batch norm undoes a layer's scale, so
-            pooling the energy as it is would weigh layers by chance.
+        weights: one positive weight per layer. If it is the number of entries of the generator, the mean equals pooling
+            the energies of layers scaled to the same mean square. Pooling unscaled energies would be arbitrary, because
+            batch norm undoes the scale of a layer.
 
     Returns:
-        As :func:`spectra`; spectra of different lengths are continued by zeros.
+        As :func:`spectra`; shorter spectra are padded with zeros.
     """
     pooled: dict[Key, Tensor] = {}
     for key in dict.fromkeys(key for layer in layers for key in layer):
@@ -186,13 +206,15 @@ def pool(layers: Sequence[dict[Key, Tensor]], weights: Sequence[float]) -> dict[
 
 
 def values(found: dict[Key, Tensor]) -> dict[Key, Tensor]:
-    """The measures as a reader sees them, from :func:`spectra` or :func:`pool`.
+    """The measures as a reader sees them, from the shares of :func:`spectra` or :func:`pool`.
 
-    Shares become cumulative, and every uncentred spectrum gives its effective rank, its stable rank and the ranks that
-    keep 90, 95 and 99 % of the energy; all from the one spectrum pooled over the blocks.
+    The shares of ``RANKED`` measures become cumulative. Every uncentred spectrum also gives its effective rank, its
+    stable rank and the ranks that keep 90, 95 and 99 % of the energy. All come from the spectrum pooled over the
+    blocks.
 
     Returns:
-        For each (measure, part) ``[draws, n]``; entry r - 1 of a ``RANKED`` measure is that at rank r, else n is 1.
+        ``[draws, n]`` for each (measure, part). Entry r - 1 of a ``RANKED`` measure is its value at rank r; for the
+        others n is 1.
     """
     shown = {key: value.cumsum(-1) if key[0] in RANKED else value for key, value in found.items()}
     for (measure, part), shares in found.items():

@@ -1,17 +1,19 @@
-"""Nulls: what a measure gives on filters that learned nothing, so that a trained value can be told from chance.
+"""Null models: what a measure gives on filters that learned nothing. They show whether a trained value is chance.
 
-* ``init``: filters drawn as the layer itself draws them before training, with independent entries. It answers *how
-  redundant is a layer of this shape anyway?* Small matrices are close to low rank by chance: random 4 x 9 blocks
-  keep almost half of their energy at rank 1. For a separable layer the factors are drawn and multiplied out, so that
-  what its form forces on it does not pass for learned. For filters taken back from escnn's or from an exported network
-  it draws free filters, because the basis is not known: what that imposes does pass for learned.
-* ``shuffled``: the trained filter's own entries in random order, over the whole layer. It answers *is it where the
-  large entries are, or only that there are few of them?* Training makes the entries' distribution heavy-tailed, and
-  that alone changes spectra.
+* ``init``: filters drawn from the layer's initialisation, with independent entries. It answers *how redundant is any
+  layer of this shape?* Small matrices are close to low rank by chance: random 4 x 9 blocks keep almost half of their
+  energy at rank 1. For a separable layer the factors are drawn and multiplied out, so that the low rank that the form
+  imposes does not count as learned. For a generator recovered from an expanded filter (escnn, or an exported network)
+  the basis of the original layer is unknown; unconstrained filters are drawn, so what that basis imposes does count as
+  learned.
+* ``shuffled``: the trained entries of the whole layer in random order. It answers *does the arrangement of the large
+  entries matter, or only their number?* Training makes the distribution of the entries heavy-tailed, and that alone
+  changes spectra.
 
-A value outside the ``init`` band is not what the layer began with; outside both, it is in the arrangement of the
-entries. Neither says that the redundancy is useful, and neither corrects for how many values a table holds. The z-score
-of a whole number, such as the rank that keeps 90 %, is wild where nearly all draws agree; look at its interval.
+A value outside the ``init`` band was changed by training. A value outside both bands comes from the arrangement of the
+entries. Neither null says that the redundancy is useful, and neither corrects for the number of values in a table. The
+z-score of a whole number, such as the rank that keeps 90 % of the energy, is erratic where nearly all draws agree; read
+its interval instead.
 """
 
 from __future__ import annotations
@@ -35,26 +37,26 @@ NULLS = ("init", "shuffled")
 
 _COVERED = 0.95
 
-# A null that varies less than rounding does not vary.
+# A null counts as constant if its relative standard deviation is smaller: the rest is rounding.
 _ROUNDING = 1e-10
 
-# A filter multiplied out in single precision keeps this much of its energy at the rank of its factors.
+# A separable filter that was multiplied out in single precision has at least this energy share up to its rank.
 _SEPARABLE = 1 - 1e-9
 
-# Entries drawn at a time: enough to fill vectors, few enough to stay in the cache.
+# Entries drawn in one batch: enough for vectorised operations, few enough for the processor's cache.
 _CHUNK = 2**18
 
 
 class Band(NamedTuple):
-    """Where a value lies in its null; every field ``[n]``, NaN where it is not defined.
+    """Where a value lies relative to its null. Every field is ``[n]``, and NaN where it is not defined.
 
     Attributes:
-        mean: of the draws.
-        low: lower end of the interval that holds 95 % of further draws, ``mean - t sd sqrt(1 + 1 / draws)`` with
-            Student's t of ``draws - 1`` degrees of freedom, as mean and sd are estimated too. It takes the draws for
-            normal; they are too few for their own percentiles.
-        high: its upper end.
-        z: ``(value - mean) / sd``; NaN where the null does not vary.
+        mean: the mean of the draws.
+        low: the lower end of the 95 % prediction interval for one more draw, ``mean - t sd sqrt(1 + 1 / draws)``, with
+            Student's t of ``draws - 1`` degrees of freedom. It assumes normal draws: there are too few draws for
+            empirical percentiles.
+        high: the upper end of this interval.
+        z: ``(value - mean) / sd``; NaN where the null is constant.
     """
 
     mean: Tensor
@@ -67,7 +69,7 @@ def band(value: Tensor, drawn: Tensor) -> Band:
     """The band of a null.
 
     Args:
-        value: ``[n]``, of the trained filter.
+        value: ``[n]``, the measure on the trained filter.
         drawn: ``[draws, n]``, the same measure on at least two draws.
     """
     mean, deviation = drawn.mean(0), drawn.std(0)
@@ -79,15 +81,18 @@ def band(value: Tensor, drawn: Tensor) -> Band:
 
 
 def null_filters(bank: FilterBank, null: str, draws: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Filters of a null, in batches of bounded memory ``[d, O, I, S, k, k]`` that make ``draws`` together.
+    """Filters drawn from a null, in batches of bounded memory.
 
-    The filters depend on the state of ``rng`` alone, not on how they are batched.
+    The filters depend only on the state of ``rng``, not on the batches.
 
     Args:
         bank: the trained layer.
         null: ``init`` or ``shuffled``.
-        draws: how many filters.
-        rng: source of randomness.
+        draws: the number of filters.
+        rng: the random generator.
+
+    Yields:
+        ``[d, O, I, S, k, k]``; the batch sizes d sum to ``draws``.
     """
     draw = {"init": _initial, "shuffled": _shuffled}[null]
     size = max(1, _CHUNK // bank.weight.numel())
@@ -96,7 +101,7 @@ def null_filters(bank: FilterBank, null: str, draws: int, rng: np.random.Generat
 
 
 def _initial(bank: FilterBank, rng: np.random.Generator) -> Tensor:
-    """As ``reset_parameters`` of the layer draws, but for a scale of the whole filter, which no measure sees."""
+    """A filter as the layer's ``reset_parameters`` draws it, up to a scale, which no measure depends on."""
     if bank.form is None:
         return _uniform(tuple(bank.weight.shape), rng)
     form, shape = form_named(bank.form), FilterShape.of(bank.weight)

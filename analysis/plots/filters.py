@@ -7,7 +7,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.filters.banks import FilterBank
-from analysis.measures.irreps import element_names
 from analysis.measures.spectra import fold
 from analysis.measures.table import block_redundancy
 from gconv.system.errors import InputError, one_of
@@ -66,7 +65,7 @@ def plot_filters(bank: FilterBank, *, by: str = "invariance", pairs: int = 3, ax
         ax.text(x - _NUMBER / 2 - 0.1, -0.2, heading, ha="center", va="bottom", size=8)
     for start, heading in ((0.0, "as stored"), (half, "turned back")):
         ax.text(start + (s * _STEP - 0.12) / 2, -0.8, heading, ha="center", va="bottom", size=10)
-        for x, element in zip(start + _STEP * np.arange(s), element_names(bank.group), strict=True):
+        for x, element in zip(start + _STEP * np.arange(s), bank.group.element_names, strict=True):
             ax.text(x + 0.5, -0.2, element, ha="center", va="bottom", size=9)
     ax.set(xlim=(-0.1, end + _NUMBER), ylim=(rows[-1] + 1.1, -1.5), xticks=[], title=bank.name)
     ax.set_yticks([y + 0.5 for y in rows], [f"out {pair // i}, in {pair % i}" for pair in shown.index], size=9)

@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from analysis.measures.irreps import irreps
 from analysis.measures.table import NETWORK, Redundancy
 from gconv.functional.forms import FORMS
+from gconv.groups.irreps import irreps
 from gconv.groups.point_groups import group
 from gconv.system.errors import InputError
 

@@ -65,6 +65,15 @@ class Group:
         """The number of elements S = |H|: the length of the group axis of a feature map."""
         return len(self.elements)
 
+    @property
+    def element_names(self) -> tuple[str, ...]:
+        """The elements' names in the order of the group axis: ``e r r2 r3 m mr mr2 mr3`` for p4m.
+
+        e is the identity, r the rotation by 90 degrees and m the reversal of rows.
+        """
+        rotations = ("", "r", "r2", "r3")
+        return tuple(("m" if element >= 4 else "") + rotations[element % 4] or "e" for element in self.elements)
+
     def __repr__(self) -> str:
         return f"group({self.name!r})"
 

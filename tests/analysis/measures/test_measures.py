@@ -14,10 +14,10 @@ from tensorly.decomposition import tucker
 from analysis import block_redundancy
 from analysis.filters.banks import FilterBank
 from analysis.measures import spectra
-from analysis.measures.irreps import element_names, irreps
 from analysis.measures.measures import MEASURED_FORMS, group_gram, invariance, irrep_energy, kernel_cosine, pool, values
 from analysis.measures.measures import spectra as measured
 from gconv import GROUPS, SeparableGConv2d, act, group
+from gconv.groups.irreps import irreps
 
 GROUPS_WITH_AXIS = [group(name) for name in GROUPS if name != "z2"]
 every_group = pytest.mark.parametrize("under", GROUPS_WITH_AXIS, ids=str)
@@ -82,7 +82,7 @@ def test_an_invariant_filter_has_all_its_energy_in_the_trivial_irrep(under, turn
     assert found[f"irrep_energy{frame}", trivial.name][0] == pytest.approx(1, abs=1e-12)
     assert all(abs(found[f"irrep_energy{frame}", irrep.name][0]) < 1e-12 for irrep in others)
     assert found[f"cosine{frame}", "mean"][0] == pytest.approx(1, abs=1e-12)
-    for name in ("average", *element_names(under)[1:]):
+    for name in ("average", *under.element_names[1:]):
         assert found[f"invariance{frame}", name][0] == pytest.approx(1, abs=1e-12)
     if not turned and under.order > 2:
         assert found["explained_energy", "g"][0] == pytest.approx(1, abs=1e-12)

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from analysis import FilterBank, block_redundancy, redundancy
-from analysis.measures.irreps import irreps
 from analysis.plots.filters import ORDERS, plot_filters
 from analysis.plots.redundancy import (
     MEASURES,
@@ -22,6 +21,7 @@ from analysis.plots.redundancy import (
     plot_irreps,
     plot_measures,
 )
+from gconv.groups.irreps import irreps
 from gconv.groups.point_groups import group
 from gconv.system.errors import InputError
 

@@ -121,3 +121,9 @@ def test_unknown_group_is_one_line_that_names_the_known_ones(name):
     with pytest.raises(InputError) as error:
         group(name)
     assert str(error.value) == f"unknown group '{name}'; accepted: z2, p2, p4, pm, pmm, p4m"
+
+
+def test_elements_have_names():
+    assert group("z2").element_names == ("e",)
+    assert group("pmm").element_names == ("e", "r2", "m", "mr2")
+    assert group("p4m").element_names == ("e", "r", "r2", "r3", "m", "mr", "mr2", "mr3")
