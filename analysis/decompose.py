@@ -189,7 +189,7 @@ def _command(args: argparse.Namespace) -> None:
 
 def _resume(wanted: bool, path: Path) -> dict[str, Any] | None:
     """The state of an interrupted fine-tuning."""
-    from gconv.models.checkpoint import read_plain
+    from gconv.system.tensor_files import read_plain
 
     if not wanted:
         return None

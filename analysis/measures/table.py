@@ -21,6 +21,7 @@ from gconv.groups.point_groups import Group
 from gconv.models import checkpoint
 from gconv.system.errors import InputError
 from gconv.system.files import atomic_path
+from gconv.system.tensor_files import check_finite
 
 from .measures import MEASURED_FORMS, RANKED, Key, pool, spectra, values
 from .null_models import NULLS, Band, band, null_filters
@@ -130,7 +131,7 @@ def redundancy(
         raise InputError(f"seed is {seed!r}; accepted: a whole number of at least 0")
     if isinstance(source, list):
         banks = source if isinstance(source, FilterBanks) else FilterBanks(source)
-        checkpoint.check_finite({bank.name: bank.weight for bank in banks}, "the list of filter banks")
+        check_finite({bank.name: bank.weight for bank in banks}, "the list of filter banks")
     else:
         banks = filter_banks(source, group=group)
     with _side_by_side() as workers:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gconv.groups.point_groups import Group
 from gconv.models import checkpoint
 from gconv.models.zoo import Model
 from gconv.system.errors import InputError
+from gconv.system.tensor_files import check_finite, read_plain
 
 from .recognition import Fit, layout_of, read
 
 # Where training scripts keep the state dict in a larger dictionary, and what wrappers put before every name in it.
 _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-_ACCEPTED = "a gconv checkpoint, or a state dict in .pt, .pth or .safetensors"
 
 
 def load_source(path: str | Path) -> Model | dict[str, Tensor]:
@@ -40,7 +37,7 @@ def load_source(path: str | Path) -> Model | dict[str, Tensor]:
             have to be executed, or entries that are not finite. One line that names the file.
     """
     path = Path(path)
-    content = _content(path)
+    content = read_plain(path)
     if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
         return checkpoint.load(path)
     return plain_state(content, path)
@@ -69,7 +66,7 @@ def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     # Floats of 8 bits are no weights yet, and PyTorch cannot always say whether they are finite.
-    checkpoint.check_finite({name: tensor for name, tensor in state.items() if tensor.itemsize > 1}, source)
+    check_finite({name: tensor for name, tensor in state.items() if tensor.itemsize > 1}, source)
     return state
 
 
@@ -113,33 +110,3 @@ def _on_pixels(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-
-
-def _content(path: Path) -> Any:
-    """What a file holds, as it is; whatever goes wrong while it is decoded is the file's fault."""
-    try:
-        if not path.is_file():
-            return checkpoint.read_plain(path)  # says what is wrong
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        with path.open("rb") as file:
-            pickled = file.read(1) == pickle.PROTO
-        if pickled:  # the format of before PyTorch 1.6: no archive, no checksums
-            with warnings.catch_warnings(action="ignore"):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint.read_plain(path)
-    except InputError as error:
-        raise InputError(_one_line(error)) from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is damaged, or holds objects that are not plain data; nothing in it was executed"
-        ) from error
-    except Exception as error:
-        what = f"{path} is damaged, or not what its name says ({_one_line(error)})"
-        raise InputError(f"{what}; accepted: {_ACCEPTED}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from gconv.nn.conv import GConv2d, SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.system.files import atomic_path
 from gconv.system.memory import raise_mmap_threshold
+from gconv.system.tensor_files import check_finite, read_plain
 
 from .zoo import Model, ModelSpec, build_model
 
 FORMAT = "gconv-checkpoint"
 VERSION = 1
-_ACCEPTED = "files written by gconv.save, gconv.train or torch.save"
 
 
 @dataclass
@@ -106,7 +104,7 @@ def read(path: str | Path) -> Checkpoint:
     """
     content = read_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} is not a gconv checkpoint; accepted: files written by gconv.save or gconv.train")
+        raise InputError(f"{path} is not a gconv checkpoint; give a file that gconv.save or gconv.train wrote")
     if content.get("version") != VERSION:
         raise InputError(f"{path} has checkpoint version {content.get('version')!r}; accepted: {VERSION}")
     try:
@@ -138,50 +136,6 @@ def _check_shapes(model: Model, state: dict[str, Tensor]) -> None:
         if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
             given = list(stored.shape) if isinstance(stored, Tensor) else "not a tensor" if name in state else "missing"
             raise InputError(f"{name} is {given}; its architecture has {list(tensor.shape)}")
-
-
-def read_plain(path: str | Path) -> Any:
-    """The plain data in a ``torch.save`` file, its checksums verified, with ``weights_only=True``.
-
-    Raises:
-        InputError: there is no such file, it is damaged, or it holds anything but plain data.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise InputError(f"{path} is a directory; accepted: a checkpoint file")
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
-        # PyTorch does not verify the checksums in its own files; a flipped bit in a weight would pass unseen. Nor does
-        # it object to an entry marked as a directory, which it then does not read. It writes them stored and unmarked.
-        with zipfile.ZipFile(path) as archive:
-            names = {entry.rpartition("/")[2] for entry in archive.namelist()}
-            if "data.pkl" not in names or "constants.pkl" in names:
-                kind = "a TorchScript program" if "constants.pkl" in names else "an archive of another kind"
-                raise InputError(f"{path} is {kind}; accepted: {_ACCEPTED}")
-            marked = (entry.filename for entry in archive.infolist() if entry.compress_type or entry.external_attr)
-            damaged = next(marked, None) or archive.testzip()
-        if damaged is not None:
-            raise InputError(f"{path} is damaged: its entry {damaged} is not as it was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds objects that are not plain data; nothing in it was executed") from error
-    except zipfile.BadZipFile as error:
-        what = f"{path} is not a checkpoint, or it is damaged or cut off ({error})"
-        raise InputError(f"{what}; accepted: {_ACCEPTED}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-
-
-def check_finite(state: dict[str, Tensor], path: str | Path) -> None:
-    """Raises InputError if a tensor has NaN or infinite entries, naming the first one."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{path} has NaN or infinite entries in {name}; accepted: finite weights")
 
 
 def layer_choices(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -514,7 +514,7 @@ def test_a_fine_tuning_is_continued_as_it_began_or_not_at_all(few):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_text("hello"), "is not a checkpoint, or it is damaged or cut off"),
+        (lambda path: path.write_text("hello"), "is damaged or cut off, or it is no file of tensors"),
         (lambda path: torch.save([1], path), "holds no interrupted fine-tuning; accepted: the call without --resume"),
         (
             lambda path: torch.save({"a": 1}, path),
@@ -522,7 +522,7 @@ def test_a_fine_tuning_is_continued_as_it_began_or_not_at_all(few):
         ),
         (
             lambda path: torch.save({"a": Bomb()}, path),
-            "holds objects that are not plain data; nothing in it was executed",
+            "or holds objects that are not plain data; nothing in it was executed",
         ),
     ],
     ids=["text", "a list", "another dictionary", "bomb"],
@@ -580,16 +580,16 @@ def spoilt(value):
     ("write", "message"),
     [
         (lambda path: None, "bad.pt does not exist"),
-        (Path.mkdir, "bad.pt is a directory; accepted: a checkpoint file"),
-        (Path.touch, "bad.pt is not a checkpoint, or it is damaged or cut off"),
-        (lambda path: path.write_text("hello"), "bad.pt is not a checkpoint, or it is damaged or cut off"),
-        (truncated, "bad.pt is not a checkpoint, or it is damaged or cut off"),
+        (Path.mkdir, "bad.pt is a directory; give a file"),
+        (Path.touch, "bad.pt is damaged or cut off, or it is no file of tensors"),
+        (lambda path: path.write_text("hello"), "bad.pt is damaged or cut off, or it is no file of tensors"),
+        (truncated, "bad.pt is damaged or cut off, or it is no file of tensors"),
         (bit_flipped, "bad.pt is damaged"),
-        (lambda path: path.write_bytes(pickle.dumps(Bomb())), "bad.pt is not a checkpoint"),
+        (lambda path: path.write_bytes(pickle.dumps(Bomb())), "nothing in it was executed"),
         (lambda path: torch.save({"format": "gconv-checkpoint", "record": Bomb()}, path), "nothing in it was executed"),
-        (lambda path: torch.save({"weight": torch.zeros(3)}, path), "bad.pt is not a gconv checkpoint; accepted"),
-        (spoilt(float("nan")), "bad.pt has NaN or infinite entries in conv5.weight; accepted: finite weights"),
-        (spoilt(float("-inf")), "bad.pt has NaN or infinite entries in conv5.weight; accepted: finite weights"),
+        (lambda path: torch.save({"weight": torch.zeros(3)}, path), "bad.pt is not a gconv checkpoint; give a file"),
+        (spoilt(float("nan")), "bad.pt has NaN or infinite entries in conv5.weight; weights must be finite"),
+        (spoilt(float("-inf")), "bad.pt has NaN or infinite entries in conv5.weight; weights must be finite"),
     ],
     ids=[
         "missing", "directory", "empty", "text", "truncated", "bit flipped", "pickle bomb", "bomb in a checkpoint",

@@ -318,7 +318,7 @@ def test_weights_that_are_not_finite_are_an_error():
     for layer in (GConv2d(2, 2, 3, group="p4"), nn.Conv2d(2, 2, 3)):
         with torch.no_grad():
             layer.weight[0, 0, 0] = torch.inf
-        with pytest.raises(InputError, match="the network has NaN or infinite entries in 0; accepted: finite weights"):
+        with pytest.raises(InputError, match="the network has NaN or infinite entries in 0; weights must be finite"):
             filter_banks(nn.Sequential(layer))
 
 

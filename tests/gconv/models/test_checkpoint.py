@@ -307,7 +307,7 @@ def test_the_bomb_works(tmp_path):
 
 def test_a_bare_state_dict_is_no_checkpoint(tmp_path):
     torch.save(create_model("p4cnn", width=1).state_dict(), tmp_path / "state.pt")
-    assert "is not a gconv checkpoint; accepted: files written by gconv.save" in refused(tmp_path / "state.pt")
+    assert "is not a gconv checkpoint; give a file that gconv.save" in refused(tmp_path / "state.pt")
 
 
 def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -436,5 +436,5 @@ def test_sound_files_of_other_kinds_are_not_called_damaged(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "arrays.npz", "w") as archive:
         archive.writestr("x.npy", b"0")
     for name, kind in {"script.pt": "a TorchScript program", "arrays.npz": "an archive of another kind"}.items():
-        with pytest.raises(InputError, match=f"{name} is {kind}; accepted: files written by gconv.save"):
+        with pytest.raises(InputError, match=f"{name} is {kind}; accepted: a checkpoint of gconv.save"):
             read(tmp_path / name)
