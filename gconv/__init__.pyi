@@ -1,6 +1,7 @@
 from .deploy.fuse import fuse as fuse
 from .deploy.fuse import to_plain as to_plain
 from .export import export as export
+from .functional.expansion import Sampling as Sampling
 from .functional.expansion import act as act
 from .functional.expansion import gconv2d as gconv2d
 from .functional.forms import FORMS as FORMS
@@ -23,7 +24,6 @@ from .models.zoo import create_model as create_model
 from .nn.batchnorm import GroupBatchNorm2d as GroupBatchNorm2d
 from .nn.conv import GConv2d as GConv2d
 from .nn.conv import LiftingConv2d as LiftingConv2d
-from .nn.conv import SeparableGConv2d as SeparableGConv2d
 from .nn.icip2021 import P4ConvP4 as P4ConvP4
 from .nn.icip2021 import P4ConvZ2 as P4ConvZ2
 from .nn.icip2021 import P4MConvP4M as P4MConvP4M
@@ -36,6 +36,7 @@ from .nn.pooling import GroupMaxPool as GroupMaxPool
 from .nn.pooling import GroupMeanPool as GroupMeanPool
 from .nn.pooling import SpatialMaxPool2d as SpatialMaxPool2d
 from .nn.pooling import SpatialMeanPool2d as SpatialMeanPool2d
+from .nn.separable_conv import SeparableGConv2d as SeparableGConv2d
 from .system.errors import InputError as InputError
 from .training.datasets import DATASETS as DATASETS
 from .training.datasets import Dataset as Dataset

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analysis.measures.spectra import block_energies, explained_energy
-from gconv.functional.forms import FORMS, Form, form_named
+from gconv.functional.form_base import Form
+from gconv.functional.forms import FORMS, form_named
 from gconv.functional.mixing import basis_of
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 from .allocators import Option

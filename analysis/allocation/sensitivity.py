@@ -23,8 +23,9 @@ from tqdm import tqdm
 from analysis.fitting.alternating import fit
 from analysis.fitting.moments import channel_weights, collect_moments, passes
 from gconv.functional.forms import FORMS
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
 from gconv.nn.modes import evaluating
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.training.datasets import Split
 

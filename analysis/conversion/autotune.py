@@ -13,7 +13,8 @@ from analysis.allocation.allocators import Option
 from analysis.allocation.sensitivity import Options
 from analysis.latency.timing import faster_execution, layer_inputs, layer_times
 from gconv.functional.forms import check_execution
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 
 from .report import LayerReport
 

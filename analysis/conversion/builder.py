@@ -13,9 +13,10 @@ from analysis.fitting.alternating import fit
 from analysis.fitting.bn_recalibration import reestimate_batchnorm
 from analysis.fitting.moments import channel_weights, collect_moments, passes
 from analysis.fitting.reconstruction import refine, refinement_steps
-from gconv.functional.forms import FORMS, Execution
+from gconv.functional.form_base import Execution
+from gconv.functional.forms import FORMS
 from gconv.models.cost import cost
-from gconv.nn.conv import SeparableGConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 
 from .request import Request
 

@@ -14,7 +14,7 @@ from analysis.allocation.sensitivity import fingerprint
 from analysis.fitting.bn_recalibration import reestimate_batchnorm
 from analysis.fitting.distillation import Distillation, finetune
 from gconv.models.checkpoint import apply_choices, layer_choices
-from gconv.nn.conv import SeparableGConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.training.datasets import Split
 from gconv.training.evaluation import evaluate

@@ -17,7 +17,7 @@ from analysis.latency.isolated import fresh_latency
 from analysis.latency.timing import layer_inputs
 from gconv.functional.forms import FORMS
 from gconv.models.cost import cost
-from gconv.nn.conv import SeparableGConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.training.evaluation import evaluate
 

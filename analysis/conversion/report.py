@@ -16,7 +16,8 @@ from analysis.latency.timing import BATCH, latency
 from gconv.models.cost import cost
 from gconv.models.equivariance import equivariance_error
 from gconv.models.memory import forward_memory
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 _OUTPUT_IMAGES = 4

@@ -14,9 +14,11 @@ from analysis.allocation.allocators import ALLOCATORS
 from analysis.allocation.budget import Budget
 from analysis.allocation.options import forms_named
 from analysis.allocation.sensitivity import Options, from_table
-from gconv.functional.forms import EXECUTIONS, FORMS, Form, check_execution
+from gconv.functional.form_base import EXECUTIONS, Form
+from gconv.functional.forms import FORMS, check_execution
 from gconv.models.cost import Cost, cost
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError, one_of
 from gconv.training.datasets import Split
 

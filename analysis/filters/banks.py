@@ -19,7 +19,8 @@ from gconv.groups.point_groups import group as find_group
 from gconv.interop.readers import is_steerable, plain_state, read_steerable
 from gconv.interop.readers import load_source as load_source
 from gconv.interop.recognition import TOLERANCE, Fit, ambiguous, recognise
-from gconv.nn.conv import GConv2d, LiftingConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d, LiftingConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.system.tensor_files import check_finite
 

@@ -20,8 +20,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gconv.functional.forms import FORMS, FilterShape, Form
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.functional.form_base import FilterShape, Form
+from gconv.functional.forms import FORMS
+from gconv.nn.conv import GConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 
 from .conjugate_gradients import block_solver, conjugate_gradients
 from .moments import Moments
@@ -113,8 +115,8 @@ def fit(
 def _work(form: Form, rank: int, shape: FilterShape) -> tuple[int, bool]:
     """Multiply-accumulates of a round, and whether it solves normal equations: where all rounds of it can be done."""
     o, i, s, k = shape
-    mix, spatial = i * rank * s, (1 if form.planar_axes == "o" else i) * rank * k * k
-    problems = 1 if form.planar_axes == "i" else o
+    mix, spatial = i * rank * s, (1 if form.block_axes == "o" else i) * rank * k * k
+    problems = 1 if form.block_axes == "i" else o
     direct = problems * (2 * (i * rank * s * k * k) ** 2 + (mix**3 + spatial**3) // 3)
     gradients = 2 * _GRADIENTS * o * (i * s * k * k) ** 2
     solved = direct <= max(gradients, ROUNDS_WORK // _ROUNDS[1])
@@ -160,7 +162,7 @@ class _Problem:
         else:
             weights = weights.to(power)
             self.scale = _floored(weights, _LEAST_WEIGHT * weights.mean()).sqrt()
-        own = form.own_frame
+        own = form.input_frame
         index = torch.arange(weight[0].numel(), device=weight.device).reshape(1, i, s, k, k)
         self.order = FORMS["g_turned" if own else "g"].fold(index, self.pixels).flatten()
         second = moments.second[self.order][:, self.order].clone()
@@ -188,9 +190,9 @@ class _Problem:
     def split(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """W and D of the plain truncated SVD of a filter ``[O, I, S, k, k]``."""
         mix, spatial = self.form.factor(weight, rank, self.pixels)
-        if self.form.planar_axes == "oi":
+        if self.form.block_axes == "oi":
             return mix, spatial.flatten(3)
-        if self.form.planar_axes == "o":
+        if self.form.block_axes == "o":
             return mix.transpose(1, 2), spatial.flatten(2)[:, None]
         return mix.permute(2, 0, 1, 3), spatial.flatten(2)[None]
 
@@ -254,7 +256,7 @@ class _Problem:
         i, s, y = self.sizes
         o, _, rank, _ = w.shape
         right = torch.einsum("oirs,oisy->oiry", w, self.cross)
-        if self.form.planar_axes == "i":  # shared over o, each o weighted by its scale
+        if self.form.block_axes == "i":  # shared over o, each o weighted by its scale
             scaled = w * self.scale.view(-1, 1, 1, 1)
             gram = torch.einsum("oirs,ojqt->ijrqst", scaled, scaled).reshape(i, i, rank * rank, s * s)
             normal = self._spatial_matrix(gram @ self.by_channels, rank)
@@ -264,7 +266,7 @@ class _Problem:
         for c in range(o):
             pairs = torch.einsum("irs,jqt->ijrqst", w[c], w[c]).reshape(i, i, rank * rank, s * s)
             normal = pairs @ self.by_channels
-            if self.form.planar_axes == "o":  # shared over i
+            if self.form.block_axes == "o":  # shared over i
                 matrix = normal.sum((0, 1)).view(rank, rank, y, y).transpose(1, 2).reshape(rank * y, -1)
                 solved.append(_solve(matrix, right[c].sum(0).reshape(-1, 1)).view(1, rank, y))
             else:
@@ -291,7 +293,7 @@ class _Problem:
         """A better D for this W, from the one given: one problem for each o, or one for all; blocks over Y."""
         i, s, y = self.sizes
         own = self.second.view(i, s, y, i, s, y).diagonal(dim1=0, dim2=3)  # [S, Y, S, Y, I]
-        shared = self.form.planar_axes
+        shared = self.form.block_axes
 
         def reduced(parts: Tensor) -> Tensor:
             """Sums over what shares D."""
@@ -323,14 +325,14 @@ def _whitened(problem: _Problem, rank: int) -> Tensor:
     form, (o, i, s, k) = problem.form, problem.shape
     y = k * k
     moment = problem.second.view(i, s, y, i, s, y)
-    if form.planar_axes == "o":  # one block per o: its rows are all (i, s)
+    if form.block_axes == "o":  # one block per o: its rows are all (i, s)
         rows = torch.einsum("isyjty->isjt", moment).reshape(1, i * s, i * s)
         pixels = torch.einsum("isyisz->yz", moment)[None]
         blocks = problem.weight.reshape(o, i * s, y)
     else:
         rows = torch.einsum("isyity->ist", moment)
         pixels = torch.einsum("isyisz->iyz", moment)
-        if form.planar_axes == "i":  # one block per i, its rows (o, s): the same moment of s for every o
+        if form.block_axes == "i":  # one block per i, its rows (o, s): the same moment of s for every o
             blocks = (problem.weight * problem.scale.view(-1, 1, 1, 1)).transpose(0, 1).reshape(i, o * s, y)
             rows = torch.stack([torch.block_diag(*[part] * o) for part in rows])
         else:
@@ -339,7 +341,7 @@ def _whitened(problem: _Problem, rank: int) -> Tensor:
     (a, a_inverse), (b, b_inverse) = _roots(rows), _roots(pixels)
     u, sigma, vh = torch.linalg.svd(a @ blocks @ b, full_matrices=False)
     best = a_inverse @ (u[..., :rank] * sigma[..., None, :rank]) @ vh[..., :rank, :] @ b_inverse
-    if form.planar_axes == "i":
+    if form.block_axes == "i":
         filter_ = best.view(i, o, s, y).transpose(0, 1) / problem.scale.view(-1, 1, 1, 1)
     else:
         filter_ = best.view(o, i, s, y)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gconv.functional.expansion import to_planar
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
 from gconv.nn.modes import evaluating
+from gconv.nn.separable_conv import SeparableGConv2d
 
 PATCHES = 200_000
 """Patches of one layer that are looked at; drawn at random where there are more."""

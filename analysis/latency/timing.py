@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gconv.functional.forms import Execution
-from gconv.nn.conv import SeparableGConv2d
+from gconv.functional.form_base import Execution
 from gconv.nn.modes import evaluating
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.memory import raise_mmap_threshold
 
 BATCH = 16

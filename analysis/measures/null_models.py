@@ -29,7 +29,8 @@ from torch import Tensor
 
 from analysis.filters.banks import FilterBank
 from gconv.functional.expansion import Tables
-from gconv.functional.forms import FilterShape, form_named
+from gconv.functional.form_base import FilterShape
+from gconv.functional.forms import form_named
 
 from .spectra import block_energies, energy_shares, rank_needed
 

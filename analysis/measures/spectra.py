@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gconv.functional.expansion import Tables
-from gconv.functional.forms import Form, form_named
+from gconv.functional.form_base import Form
+from gconv.functional.forms import form_named
 from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
 

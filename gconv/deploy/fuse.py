@@ -10,7 +10,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.models.zoo import Model
-from gconv.nn.conv import GroupConvBase, SeparableGConv2d
+from gconv.nn.base import GroupConvBase
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 from .lowering import plain_of

@@ -9,11 +9,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.functional.expansion import expand
-from gconv.functional.forms import Convolution
+from gconv.functional.form_base import Convolution
 from gconv.groups.point_groups import group
 from gconv.models.zoo import Model
-from gconv.nn.conv import FullConvBase, GroupConvBase, SeparableGConv2d
+from gconv.nn.base import GroupConvBase
+from gconv.nn.conv import FullConvBase
 from gconv.nn.pooling import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 from .tracing import trace

@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gconv.functional.expansion import has_channels_last_strides, on_tensor_cores
 from gconv.kernels.library import is_small, is_supported, packed_filter, small_conv2d
 from gconv.models.zoo import Model
-from gconv.nn.conv import GroupConvBase, SeparableGConv2d
+from gconv.nn.base import GroupConvBase
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 from .lowering import plain_of

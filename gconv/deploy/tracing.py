@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from gconv.models.zoo import Model
-from gconv.nn.conv import GroupConvBase
+from gconv.nn.base import GroupConvBase
 
 
 def trace(net: Model) -> fx.Graph:

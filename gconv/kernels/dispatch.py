@@ -7,7 +7,8 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from gconv.functional.forms import FORMS, FilterShape
+from gconv.functional.form_base import FilterShape
+from gconv.functional.forms import FORMS
 from gconv.functional.mixing import Basis, basis_of, regular
 from gconv.groups.point_groups import Group
 

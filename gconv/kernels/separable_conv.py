@@ -28,7 +28,8 @@ from gconv.functional.expansion import (
     new_group_major,
     to_group_major,
 )
-from gconv.functional.forms import FORMS, FilterShape
+from gconv.functional.form_base import FilterShape
+from gconv.functional.forms import FORMS
 from gconv.functional.mixing import basis_on
 from gconv.groups.point_groups import Group
 from gconv.system.errors import InputError

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gconv.nn.conv import GConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.system.files import atomic_path
 from gconv.system.memory import raise_mmap_threshold

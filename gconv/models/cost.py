@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv.functional.forms import check_execution
-from gconv.nn.conv import GroupConvBase
+from gconv.nn.base import GroupConvBase
 from gconv.nn.modes import evaluating
 from gconv.system.errors import InputError
 

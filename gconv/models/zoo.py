@@ -12,8 +12,9 @@ from gconv.functional.expansion import channels_last, relu
 from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import group
 from gconv.nn.batchnorm import GroupBatchNorm2d
-from gconv.nn.conv import GConv2d, LiftingConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d, LiftingConv2d
 from gconv.nn.pooling import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError, one_of
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .conv import GConv2d, LiftingConv2d, SeparableGConv2d
+from .conv import GConv2d, LiftingConv2d
+from .separable_conv import SeparableGConv2d
 
 
 class _Signature:

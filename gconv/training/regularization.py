@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gconv.functional.forms import Form, form_named
+from gconv.functional.form_base import Form
+from gconv.functional.forms import form_named
 from gconv.nn.conv import GConv2d
 
 

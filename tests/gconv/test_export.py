@@ -25,8 +25,8 @@ from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import GROUPS
 from gconv.models.cost import cost
 from gconv.models.zoo import MODELS, Model, create_model
-from gconv.nn.conv import SeparableGConv2d
 from gconv.nn.pooling import GroupMeanPool
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 exporting = import_module("gconv.export")  # the module; gconv.export is the function

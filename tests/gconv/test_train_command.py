@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gconv.models import checkpoint
 from gconv.models.zoo import MODELS, Model, create_model
-from gconv.nn.conv import SeparableGConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.train import main
 from gconv.training import datasets as data
 from gconv.training import evaluation

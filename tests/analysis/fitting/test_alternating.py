@@ -11,7 +11,7 @@ from analysis.fitting import alternating as fitting
 from analysis.fitting.alternating import PRIOR, fit, relative_error
 from analysis.fitting.moments import Moments
 from gconv import FORMS, GConv2d, InputError, SeparableGConv2d
-from gconv.functional.forms import FilterShape
+from gconv.functional.form_base import FilterShape
 
 never = st.just(False)
 few = settings(max_examples=8, deadline=None)
@@ -124,7 +124,7 @@ def whitened(form, layer, second, costs, rank):
     for index in entries(form, layer):
         block = second[index.flatten()][:, index.flatten()].view(*index.shape, *index.shape)
         rows, pixels = torch.einsum("ayby->ab", block), torch.einsum("ayaz->yz", block)
-        channels = [list(range(o))] if form.planar_axes == "i" else [[c] for c in range(o)]
+        channels = [list(range(o))] if form.block_axes == "i" else [[c] for c in range(o)]
         for some in channels:
             left = torch.block_diag(*[costs[c].sqrt() * root(rows) for c in some])
             matrix = torch.cat([layer.weight.detach().flatten(1)[c][index] for c in some])
@@ -373,7 +373,7 @@ def test_the_factors_are_balanced_and_make_a_layer(form, layer, data):
     patches = patches_for(layer)
     result = fit(layer, form, rank, moments_of(patches, outputs_for(layer, patches)), steps=4)
     assert (result.mix.shape, result.spatial.shape) == form.factor_shapes(layer.filter_shape, rank)
-    leading = len(form.planar_axes) + 1
+    leading = len(form.block_axes) + 1
     close(result.mix.flatten(leading).norm(dim=-1), result.spatial.flatten(leading).norm(dim=-1), 1e-7)
     made = SeparableGConv2d.from_factors(layer, form, result.mix, result.spatial, result.bias)
     close(made.weight.detach().flatten(1), fitted_filter(layer, form, result), 1e-12)

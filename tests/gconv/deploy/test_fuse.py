@@ -19,7 +19,8 @@ from gconv.models.checkpoint import save
 from gconv.models.equivariance import equivariance_error
 from gconv.models.zoo import MODELS, Model, create_model
 from gconv.nn.batchnorm import GroupBatchNorm2d
-from gconv.nn.conv import GConv2d, LiftingConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d, LiftingConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 KINDS = ("planar", "depthwise", "lifting", "full", *FORMS)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from gconv import FORMS, GROUPS, InputError, group
 from gconv.functional.expansion import Sampling, Tables, expand
-from gconv.functional.forms import EXECUTIONS, FilterShape, check_execution, form_named, turned
+from gconv.functional.form_base import EXECUTIONS, FilterShape
+from gconv.functional.forms import check_execution, form_named, transformed
 from gconv.functional.mixing import basis_of
 
 PICTURE = torch.arange(9).view(3, 3)
@@ -228,7 +229,7 @@ def test_ranks_parameters_and_macs_are_these_formulas(name, largest, parameters,
 @given(on=groups, k=ks)
 def test_turned_makes_all_copies_of_a_kernel(on, k):
     kernels = torch.randn(2, 3, k, k)
-    copies = turned(kernels, pixels(on, k))
+    copies = transformed(kernels, pixels(on, k))
     assert copies.shape == (2, on.order, 3, k, k)
     assert all(copies[:, s].equal(moved(on, s, kernels)) for s in range(on.order))
 
@@ -274,13 +275,15 @@ def test_forms_and_executions_are_found_by_name_or_refused_with_the_known_names(
 @every_form
 def test_a_form_says_what_its_factors_depend_on(form):
     axes = {"g": "oi", "gc": "o", "gc_in": "i"}[form.name.removesuffix("_turned")]
-    assert form.planar_axes == axes
-    assert form.own_frame == (form.name not in ("g", "gc"))
+    assert form.block_axes == axes
+    assert form.input_frame == (form.name not in ("g", "gc"))
     sizes = {"o": 2, "i": 3}
     planar, others = [sizes[axis] for axis in axes], [sizes[axis] for axis in "oi" if axis not in axes]
     assert form.factor_shapes(FilterShape(2, 3, 8, 5), 4) == ((*planar, 4, *others, 8), (*planar, 4, 5, 5))
 
 
 @every_form
-def test_a_form_stays_the_one_object_of_its_name(form):
-    assert copy.deepcopy(form) is copy.copy(form) is pickle.loads(pickle.dumps(form)) is form
+def test_a_copied_or_unpickled_form_is_the_same_form(form):
+    for twin in (copy.copy(form), copy.deepcopy(form), pickle.loads(pickle.dumps(form))):
+        assert twin == form and hash(twin) == hash(form)
+        assert {name for name, other in FORMS.items() if other == twin} == {form.name}

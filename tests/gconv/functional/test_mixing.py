@@ -11,7 +11,7 @@ from gconv import GROUPS, SeparableGConv2d, gconv2d, group
 from gconv.functional.expansion import from_group_major, is_strictly_channels_last
 from gconv.functional.mixing import DirectMixing, IrrepMixing, basis_of, regular
 from gconv.kernels.dispatch import PLANES, in_basis_pays, variants
-from gconv.nn.conv import _RunConfig
+from gconv.nn.packed_weights import RunConfig
 
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
@@ -93,7 +93,7 @@ def test_layers_run_in_irreps_by_default_where_that_is_faster(monkeypatch, form,
 @pytest.mark.parametrize(("channels", "mixing"), [(8, DirectMixing), (64, IrrepMixing)])
 def test_a_compiler_gets_irreps_only_of_many_channels(monkeypatch, form, channels, mixing):
     layer = SeparableGConv2d(channels, channels, 3, group="p4m", form=form, execution="irrep")
-    how = _RunConfig("irrep", channels_last=True)
+    how = RunConfig("irrep", channels_last=True)
     assert isinstance(layer._new_filters(how)[0], IrrepMixing)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert isinstance(layer._new_filters(how)[0], mixing)

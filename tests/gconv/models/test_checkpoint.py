@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gconv.models import checkpoint
 from gconv.models.checkpoint import load, read, save
 from gconv.models.zoo import MODELS, Model, create_model
-from gconv.nn.conv import SeparableGConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 LEARNED = {"weight", "bias", "mix", "spatial", "running_mean", "running_var", "num_batches_tracked"}

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gconv.functional.forms import FORMS, FilterShape
+from gconv.functional.form_base import FilterShape
+from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import group
 from gconv.kernels.dispatch import variants
 from gconv.models.cost import cost
 from gconv.models.zoo import MODELS, Model, create_model
-from gconv.nn.conv import GConv2d, LiftingConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d, LiftingConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 # Parameters, MACs in the published convention, and as executed mix first; None where not published to the unit.

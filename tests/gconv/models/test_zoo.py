@@ -14,7 +14,8 @@ from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import GROUPS, group
 from gconv.models.equivariance import equivariance_error
 from gconv.models.zoo import MODELS, Model, build_model, create_model
-from gconv.nn.conv import GConv2d, LiftingConv2d, SeparableGConv2d
+from gconv.nn.conv import GConv2d, LiftingConv2d
+from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 PUBLISHED_PARAMETERS = {

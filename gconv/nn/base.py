@@ -1,0 +1,292 @@
+"""The base class of the group-convolution layers: arguments, index tables, and the forward pass."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from gconv.functional.expansion import (
+    Sampling,
+    Tables,
+    expand,
+    from_group_major,
+    has_channels_last_strides,
+    to_group_major,
+)
+from gconv.functional.expansion import relu as relu_of
+from gconv.functional.form_base import Execution, FilterShape
+from gconv.functional.forms import FORMS
+from gconv.groups.point_groups import Group
+from gconv.groups.point_groups import group as find_group
+from gconv.kernels.dispatch import Sizes, mixes_pay
+from gconv.kernels.library import convolve, is_supported
+from gconv.kernels.separable_conv import Kernel, kernel_of
+from gconv.system.errors import InputError
+
+from .packed_weights import PackedCache, PackedWeights, RunConfig
+
+_PIXELS = FORMS["gc_in"]
+
+
+class GroupConvBase(nn.Module, ABC):
+    """What the layers share: arguments checked once, index tables, bias, the shapes of input and output.
+
+    The tables are non-persistent buffers: they follow the module to its device and never enter the state dict.
+
+    What the convolutions need is made from the parameters in every forward pass, but for eval mode without gradients
+    on a CPU: there it is kept for as long as the parameters equal those that it was made from. Neither the state dict
+    nor a copy or a pickle has it, and a layer that goes back to training lets it go.
+
+    Attributes:
+        execution: ``"dense"``, ``"factorized"`` or ``"irrep"``; dense but for some separable layers.
+    """
+
+    execution: Execution = "dense"
+    bias: nn.Parameter | None
+    weight: Any  # the generator
+    _factors: ClassVar[tuple[str, ...]]  # the names of the filter's parameters
+    _cache: PackedCache | None = None
+    _expansion: Tensor
+    _relative: Tensor
+    _pixels: Tensor
+    _lifting = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        group: str | Group,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = _at_least(1, "in_channels", in_channels)
+        self.out_channels = _at_least(1, "out_channels", out_channels)
+        self.kernel_size = _square(1, "kernel_size", kernel_size)
+        self.stride = _square(1, "stride", stride)
+        self.padding = _square(0, "padding", padding)
+        self.dilation = _square(1, "dilation", dilation)
+        self.group = find_group(group)
+        self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
+        for name, table in self._new_tables(device)._asdict().items():
+            self.register_buffer(f"_{name}", table, persistent=False)
+        self._add_filter({"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    @abstractmethod
+    def _add_filter(self, like: dict[str, Any]) -> None:
+        """Create the parameters of the filter, on the device and with the dtype in ``like``."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+
+    @property
+    def filter_shape(self) -> FilterShape:
+        """``(O, I, S_in, k)`` of the generator."""
+        s_in = 1 if self._lifting else self.group.order
+        return FilterShape(self.out_channels, self.in_channels, s_in, self.kernel_size[0])
+
+    @property
+    def sampling(self) -> Sampling:
+        """Stride, padding and dilation, each the same along both axes."""
+        return Sampling(self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs that each output sums over: ``I S_in k k``."""
+        return math.prod(self.filter_shape[1:]) * self.kernel_size[0]
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates an output position of the convolution with the expanded filter."""
+        return self.out_channels * self.group.order * self.fan_in
+
+    def macs(self, execution: str | None = None) -> tuple[int, int]:
+        """Multiply-accumulates per position of the (input map, output map), as executed; see :func:`gconv.cost`."""
+        return 0, self.dense_macs
+
+    @property
+    def tables(self) -> Tables:
+        """The index tables of this layer's group and kernel size, on its device."""
+        return Tables(self._expansion, self._relative, self._pixels)
+
+    def _new_tables(self, device: torch.device | str | None) -> Tables:
+        return Tables.build(self.group, self.kernel_size[0], lifting=self._lifting, device=device)
+
+    def _reset_shared(self) -> None:
+        """The bias as ``nn.Conv2d`` draws it; the tables anew, as they hold nothing after ``to_empty()``."""
+        self._cache = None  # made with the former tables
+        for name, table in self._new_tables(self._expansion.device)._asdict().items():
+            setattr(self, f"_{name}", table)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.fan_in)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _check_input(self, x: Tensor) -> None:
+        i, s_in = self.filter_shape[1:3]
+        if not ((x.dim() == 5 and x.shape[1:3] == (i, s_in)) or (x.dim() == 4 and s_in == 1 and x.shape[1] == i)):
+            accepted = f"[N, {i}, {s_in}, H, W]" + (f" or [N, {i}, H, W]" if s_in == 1 else "")
+            raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
+
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The layer's output ``[N, O, S, H', W']``; plus a map of that shape, and then ReLU, if asked.
+
+        Raises:
+            InputError: the input's shape does not fit.
+        """
+        self._check_input(x)
+        if x.dim() == 4 and not self._lifting:
+            x = x.unsqueeze(2)
+        parameters = self._plain_parameters(x)
+        kernel = None if parameters is None else self._kernel_for(x, parameters)
+        if kernel is None:
+            planar = to_group_major(x)
+            prepared = self._prepared(RunConfig(self.execution, has_channels_last_strides(planar)), parameters)
+            y = from_group_major(self._run(planar, prepared), self.group.order)
+        elif kernel.can_fuse_add(residual, x):
+            if torch.is_grad_enabled():
+                y, residual = kernel.run(x, *self._kernel_parameters(), self.bias, residual), None
+            else:
+                (packed,) = self._prepared(RunConfig(self.execution, True, kernel), parameters).filters
+                return kernel.forward(x, packed, residual, relu)
+        else:
+            y = self.forward(x)
+        y = y if residual is None else y + residual
+        return relu_of(y) if relu else y
+
+    @abstractmethod
+    def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
+        """The filters of the convolutions, from the parameters."""
+
+    def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
+        """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
+        return expand(weight, self._expansion, group_major=True, channels_last=channels_last)
+
+    def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:
+        """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
+        (weight,) = prepared.filters
+        return convolve(x, weight, prepared.bias, *self.sampling)
+
+    def _prepare(self, how: RunConfig) -> PackedWeights:
+        if how.kernel is not None:
+            return PackedWeights((how.kernel.pack(*self._kernel_parameters(), self.bias),), None)
+        bias = None if self.bias is None else self.bias.repeat(self.group.order)
+        return PackedWeights(self._new_filters(how), bias)
+
+    @property
+    def runs_in_irreps(self) -> bool:
+        """Whether the compiled kernel, where it is, is to run the whole filter as mixes of pixels; see GConv2d."""
+        whole = self.execution == "dense" and not self._lifting
+        return whole and mixes_pay(self.group, self.filter_shape)
+
+    def _kernel(self) -> Kernel | None:
+        """The compiled kernel, where it is to run this layer."""
+        if not self.runs_in_irreps:
+            return None
+        o, i, s, k = self.filter_shape
+        sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
+        return kernel_of(self.group, sizes, True, self.bias is not None)
+
+    def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
+        """The mix and the planar kernels that it takes."""
+        o, i, s, k = self.filter_shape
+        mix = _PIXELS.fold(self.weight, self._pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
+        pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
+        return mix, pixels
+
+    def _kernel_for(self, x: Tensor, parameters: list[Tensor]) -> Kernel | None:
+        """The compiled kernel, if that is to run this layer and takes the map and the parameters."""
+        kernel = self._kernel()
+        usual = kernel is not None and is_supported(x, *parameters) and kernel.is_supported(x)
+        return kernel if usual else None
+
+    def _plain_parameters(self, x: Tensor) -> list[Tensor] | None:
+        """The parameters, on a CPU; None where what is not seen here may come with a map, or stands in for them.
+
+        These are compilers and tracers, and tensors of other types: of functional calls, parametrisations, tracers.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:  # type: ignore[attr-defined]
+            return None
+        own: list[Tensor] = []
+        for name in (*self._factors, "bias"):
+            parameter = self._parameters[name] if name in self._parameters else getattr(self, name)
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter or not parameter.is_cpu:
+                return None
+            own.append(parameter)
+        return own
+
+    def _prepared(self, how: RunConfig, parameters: list[Tensor] | None) -> PackedWeights:
+        """What runs, made anew or kept from before."""
+        if parameters is None:
+            return self._prepare(how)
+        # Autocast may round what is prepared.
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            if self._cache is not None:
+                self._cache = None
+            return self._prepare(how)
+        cache = self._cache  # read once: another thread may replace it
+        if cache is None or not cache.is_of(how, parameters):
+            cache = PackedCache(how, [p.detach().clone() for p in parameters], self._prepare(how))
+            self._cache = cache
+        return cache.prepared
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what is kept in eval mode is let go."""
+        if mode:
+            self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's keywords that make a layer of the same shape, group and sampling."""
+        like = next(self.parameters())
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "bias": self.bias is not None,
+            "group": self.group,
+            "device": like.device,
+            "dtype": like.dtype,
+        }
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, group={self.group.name}, kernel_size={self.kernel_size[0]}"
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            value = getattr(self, name)[0]
+            text += "" if value == default else f", {name}={value}"
+        return text + ("" if self.bias is not None else ", bias=False")
+
+
+def _at_least(low: int, name: str, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name} is {value!r}; accepted: a whole number of at least {low}")
+    return int(value)
+
+
+def _square(low: int, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """An int or a pair of equal ints, as a pair."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or pair[0] != pair[1]:
+        raise InputError(f"{name} is {value!r}; accepted: a whole number, or a pair of equal ones (square only)")
+    size = _at_least(low, name, pair[0])
+    return size, size

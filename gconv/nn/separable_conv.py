@@ -1,0 +1,251 @@
+"""The separable group-convolution layer, with the interface of ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gconv.functional.expansion import on_tensor_cores
+from gconv.functional.form_base import Execution, Form
+from gconv.functional.forms import check_execution, form_named
+from gconv.functional.mixing import Basis, basis_of, basis_on
+from gconv.groups.point_groups import Group
+from gconv.kernels.dispatch import Sizes, in_basis_pays
+from gconv.kernels.separable_conv import Kernel, kernel_of
+from gconv.system.errors import InputError
+
+from .base import GroupConvBase
+from .conv import GConv2d
+from .packed_weights import PackedWeights, RunConfig
+
+_Layer = TypeVar("_Layer", bound=GroupConvBase)
+
+
+class SeparableGConv2d(GroupConvBase):
+    """Group convolution with a filter of rank R in one of the separable forms (:mod:`gconv.functional.forms`).
+
+    Input and output as :class:`GConv2d`. Parameters ``mix`` and ``spatial`` have the shapes listed in
+    :mod:`gconv.functional.forms`; ``bias [O]``. Further arguments as :class:`LiftingConv2d`, and:
+
+    Args:
+        form: ``"g"``, ``"gc"``, ``"gc_in"``, ``"g_turned"`` or ``"gc_turned"``.
+        rank: R, from 1 to ``form.max_rank(filter_shape)``.
+        execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"irrep"`` does so with the mix in
+            the irreducible representations of the group (``gc`` and ``gc_in``); ``"dense"`` builds the full filter and
+            runs as :class:`GConv2d` does. Same output to rounding. Default: the form's own, or ``"irrep"`` where the
+            form has it and the size is one at which that is the faster way. On the tensor cores of a GPU ``"irrep"``
+            mixes directly too, as it does under ``torch.compile`` where there are few channels.
+    """
+
+    _factors = ("mix", "spatial")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        group: str | Group,
+        form: str | Form = "gc",
+        rank: int = 1,
+        execution: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # Set before the base class makes the parameters, whose shapes depend on form and rank.
+        self.form = form_named(form)
+        self.rank = rank
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            bias,
+            group=group,
+            device=device,
+            dtype=dtype,
+        )
+        self._basis = basis_of(self.group)
+        if execution is None:
+            sizes = self.out_channels, self.in_channels, self.stride[0]
+            execution = self.default_execution(self.form, self.group, *sizes)
+        self.execution = check_execution(execution, self.form)
+
+    @staticmethod
+    def default_execution(form: Form, group: Group, out_channels: int, in_channels: int, stride: int = 1) -> Execution:
+        """How a layer of this form and size runs unless it is told."""
+        pays = in_basis_pays(group, out_channels, in_channels, stride)
+        if pays is None:  # no kernel
+            pays = basis_of(group).pays(out_channels, in_channels)
+        return "irrep" if pays and "irrep" in form.executions else form.default_execution
+
+    def _add_filter(self, like: dict[str, Any]) -> None:
+        self.form.check_rank(self.rank, self.filter_shape)
+        mix, spatial = self.form.factor_shapes(self.filter_shape, self.rank)
+        self.mix = nn.Parameter(torch.empty(mix, **like))
+        self.spatial = nn.Parameter(torch.empty(spatial, **like))
+
+    def reset_parameters(self) -> None:
+        """Draw the factors so that the *filter they stand for* has the variance of the full layer's.
+
+        Each factor is drawn as the convolution that it runs as would be; then both are scaled alike, so that the mean
+        square of the filter is exactly ``1 / (3 fan_in)``, the variance that ``nn.Conv2d`` draws with.
+        """
+        self._reset_shared()  # first: after to_empty() there are no tables, and a filter is built below
+        fan_ins = self.form.fan_ins(self.filter_shape, self.rank)
+        for factor, fan_in in zip((self.mix, self.spatial), fan_ins, strict=True):
+            nn.init.uniform_(factor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.mix.is_meta:  # nothing to scale, and PyTorch would load its compiler for it: seconds
+            return
+        with torch.no_grad():
+            scale = (3 * self.fan_in * self.weight.square().mean()) ** -0.25
+            self.mix.mul_(scale)
+            self.spatial.mul_(scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
+        return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
+
+    def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
+        if self.execution == "dense":
+            return (self._expanded(self.weight, how.channels_last),)
+        basis = self._basis_for(self.execution)
+        if basis is not None and torch.compiler.is_compiling():
+            # Without the compiled kernel they pay only where there are many channels.
+            basis = basis if basis.pays(self.out_channels, self.in_channels) else None
+        elif basis is not None:
+            # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
+            direct = on_tensor_cores(self.mix)
+            basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)
+        return self.form.filters(self.mix, self.spatial, self.tables, basis)
+
+    def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:
+        if self.execution == "dense":
+            return super()._run(x, prepared)
+        w, d = prepared.filters
+        return self.form.run(x, w, d, prepared.bias, self.filter_shape, self.rank, self.sampling)
+
+    def _kernel(self) -> Kernel | None:
+        if self.execution == "dense" or "irrep" not in self.form.executions:
+            return super()._kernel()
+        o, i, s, k = self.filter_shape
+        sizes = Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
+        return kernel_of(self.group, sizes, self.execution == "irrep", self.bias is not None)
+
+    def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
+        return super()._kernel_parameters() if self.execution == "dense" else (self.mix, self.spatial)
+
+    def _basis_for(self, execution: str) -> Basis | None:
+        return self._basis if execution == "irrep" else None
+
+    def macs(self, execution: str | None = None) -> tuple[int, int]:
+        """As in the base class, under this ``execution`` or, by default, the layer's own."""
+        execution = check_execution(self.execution if execution is None else execution, self.form)
+        if execution == "dense":
+            return super().macs()
+        return self.form.macs_by_map(self.filter_shape, self.rank, self._basis_for(execution))
+
+    def to_dense(self) -> GConv2d:
+        """The full layer with the same output; its parameters are copies."""
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+            full = GConv2d(**self._settings())
+        return _copy_into(full, self, weight=self.weight)
+
+    @staticmethod
+    def like(
+        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
+    ) -> SeparableGConv2d:
+        """A new, randomly initialised layer of the same shape, group and sampling as ``layer``.
+
+        Raises:
+            InputError: the layer does not map group to group, or the rank is out of range.
+        """
+        _check_separable(layer)
+        return SeparableGConv2d(**layer._settings(), form=form, rank=rank, execution=execution)
+
+    @staticmethod
+    def from_dense(
+        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
+    ) -> SeparableGConv2d:
+        """The best rank-R approximation of a layer in this form (Frobenius norm, SVD in float64); exact at full rank.
+
+        Args:
+            layer: a full layer, or a separable one to be factored anew.
+            form: the form to use.
+            rank: R.
+            execution: as in the constructor.
+
+        Raises:
+            InputError: the layer does not map group to group, the rank is out of range, or its weight is not finite.
+        """
+        _check_separable(layer)
+        mix, spatial = form_named(form).factor(layer.weight, rank, layer._pixels)
+        return SeparableGConv2d.from_factors(layer, form, mix, spatial, execution=execution)
+
+    @staticmethod
+    def from_factors(
+        layer: GConv2d | SeparableGConv2d,
+        form: str | Form,
+        mix: Tensor,
+        spatial: Tensor,
+        bias: Tensor | None = None,
+        execution: str | None = None,
+    ) -> SeparableGConv2d:
+        """A layer with these factors, and the size, group, sampling, mode, dtype and device of ``layer``.
+
+        Args:
+            layer: a full or a separable layer.
+            form: the form that the factors are of.
+            mix: with the shape that :meth:`Form.factor_shapes <gconv.functional.forms.Form.factor_shapes>` states;
+            copied.
+            spatial: likewise; it tells the rank.
+            bias: ``[O]``, for a layer that has one; by default the layer's own.
+            execution: as in the constructor.
+
+        Raises:
+            InputError: the layer does not map group to group, or the factors or the bias do not fit it.
+        """
+        _check_separable(layer)
+        form = form_named(form)
+        rank = spatial.shape[-3] if spatial.dim() > 2 else 1
+        form.check_rank(rank, layer.filter_shape)
+        shapes = form.factor_shapes(layer.filter_shape, rank)
+        if (mix.shape, spatial.shape) != shapes:
+            given = f"factors of shape {list(mix.shape)} and {list(spatial.shape)} do not fit form {form.name!r}"
+            raise InputError(f"{given}; accepted at rank {rank}: {list(shapes[0])} and {list(shapes[1])}")
+        if bias is not None and (layer.bias is None or bias.shape != layer.bias.shape):
+            accepted = "none, as the layer has none" if layer.bias is None else list(layer.bias.shape)
+            raise InputError(f"a bias of shape {list(bias.shape)} does not fit; accepted: {accepted}")
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+            separable = SeparableGConv2d.like(layer, form, rank, execution)
+        replaced = {"mix": mix, "spatial": spatial} | ({} if bias is None else {"bias": bias})
+        return _copy_into(separable, layer, **replaced)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form.name}, rank={self.rank}, execution={self.execution}"
+
+
+def _copy_into(target: _Layer, source: GroupConvBase, **parameters: Tensor) -> _Layer:
+    """Give ``target`` these parameters, the mode of ``source``, and its bias unless another one is given."""
+    if source.bias is not None:
+        parameters = {"bias": source.bias, **parameters}
+    with torch.no_grad():
+        for name, value in parameters.items():
+            getattr(target, name).copy_(value)
+    return target.train(source.training)
+
+
+def _check_separable(layer: nn.Module) -> None:
+    if not isinstance(layer, (GConv2d, SeparableGConv2d)):
+        given = type(layer).__name__
+        raise InputError(f"a {given} cannot be separated; accepted: a group-to-group layer, full or separable")
