@@ -1,3 +1,4 @@
+from .allocation.allocators import ALLOCATORS as ALLOCATORS
 from .conversion.convert import convert as convert
 from .conversion.convert import to_dense as to_dense
 from .conversion.report import ConversionReport as ConversionReport
@@ -8,6 +9,7 @@ from .filters.banks import Skipped as Skipped
 from .filters.banks import filter_banks as filter_banks
 from .filters.banks import load_source as load_source
 from .fitting.bn_recalibration import reestimate_batchnorm as reestimate_batchnorm
+from .fitting.distillation import Distillation as Distillation
 from .measures.spectra import block_energies as block_energies
 from .measures.spectra import explained_energy as explained_energy
 from .measures.table import Redundancy as Redundancy

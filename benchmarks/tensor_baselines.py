@@ -238,7 +238,7 @@ def ranks_at(model: nn.Module, kind: str, fraction: Fraction | float) -> dict[st
 def largest_fraction(
     model: nn.Module, kind: str, measure: str, target: int, input_shape: Sequence[int] | None = None
 ) -> Fraction:
-    """The largest relative rank at which ``measure``, an attribute of :class:`gconv.cost.Cost`, is at most ``target``.
+    """The largest relative rank at which ``measure``, an attribute of :class:`gconv.Cost`, is at most ``target``.
 
     By bisection: no rank, and so no cost, goes down as f goes up. Nothing is decomposed.
 

@@ -45,6 +45,7 @@ from .training.datasets import load_dataset as load_dataset
 from .training.evaluation import Score as Score
 from .training.evaluation import evaluate as evaluate
 from .training.loop import fit as fit
+from .training.recipe import INGREDIENTS as INGREDIENTS
 from .training.recipe import RECIPES as RECIPES
 from .training.recipe import Recipe as Recipe
 

@@ -1,7 +1,8 @@
 """Filter banks: the learned filters of a network, layer by layer, in one convention and in float64.
 
-The network may be ours or somebody else's, live or a dictionary of weights; what its layers are is decided here, how
-foreign ones are read in :mod:`.foreign`, and how plain weights give away a group in :mod:`.recognition`.
+The network may be ours or somebody else's, live or a dictionary of weights. What its layers are is decided here. How
+foreign layers are read is in :mod:`gconv.interop.readers`, and how plain weights show that they have a group is in
+:mod:`gconv.interop.recognition`.
 """
 
 from __future__ import annotations

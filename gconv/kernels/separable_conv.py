@@ -124,7 +124,7 @@ class Kernel:
         return rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
 
     def is_supported(self, x: Tensor) -> bool:
-        """Whether it runs on this map, which :func:`gconv.kernels.library.takes` takes."""
+        """Whether it runs on this map, which :func:`gconv.kernels.library.is_supported` takes."""
         return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and is_group_major(x)
 
     def can_fuse_add(self, residual: Tensor | None, x: Tensor) -> bool:
@@ -135,7 +135,7 @@ class Kernel:
         return residual.shape == shape and is_supported(residual) and is_group_major(residual)
 
     def _layer(self, height: int, width: int) -> Any:
-        """For the compiled functions, of maps of this size, which :meth:`takes` has seen."""
+        """For the compiled functions, of maps of this size, which :meth:`is_supported` has seen."""
         layer = _layer_of(self, height, width)
         assert layer is not None
         return ctypes.byref(layer)
