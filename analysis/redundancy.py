@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 from gconv.system.cli import Parser, loading, main_args, number, run
@@ -32,22 +31,6 @@ _SHOWN = (
 _TITLE = "explained energy at rank 1 in each form, and other measures"
 # A terminal tells its own width; in a file or a pipe the table must not be folded at 80 columns.
 _WIDTH_ELSEWHERE = 160
-
-
-class _Callable(ModuleType):
-    """A module that is called as its function.
-
-    The function ``analysis.redundancy`` and this command share a name, and importing a submodule puts it into its
-    package under that name. Called, the module does what the function does, whichever of the two was imported first.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Redundancy:
-        from analysis.measures.table import redundancy
-
-        return redundancy(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 from gconv.system.cli import Parser, loading, main_args, number, run
@@ -39,16 +38,6 @@ _WIDTH_ELSEWHERE = 160  # columns where there is no terminal
 _WIDE = 150  # columns from which the whole table is shown
 
 Row = dict[str, Any]
-
-
-class _Callable(ModuleType):
-    """A module that is called as its function, as :mod:`analysis.redundancy` is, with which it shares its name."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> list[Row]:
-        return sweep(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 
 def sweep(
