@@ -260,7 +260,6 @@ OF_SEVERAL_MODULES = {
     "tests/analysis/test_shipped.py",
     "tests/gconv/experiments/test_kill.py",
     "tests/gconv/interop/test_peers.py",
-    "tests/gconv/kernels/test_compiled.py",
     "tests/gconv/kernels/test_gpu.py",
     "tests/gconv/nn/test_compile.py",
     "tests/gconv/nn/test_norm_pool.py",

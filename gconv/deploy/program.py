@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.functional.expansion import has_channels_last_strides, on_tensor_cores
-from gconv.kernels.library import is_small, is_supported, packed_filter, small_conv2d
+from gconv.kernels.library import is_supported
+from gconv.kernels.small_conv import is_small, packed_filter, small_conv2d
 from gconv.models.zoo import Model
 from gconv.nn.base import GroupConvBase
 from gconv.nn.separable_conv import SeparableGConv2d

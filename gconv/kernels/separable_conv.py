@@ -1,13 +1,13 @@
-"""The forms ``gc`` and ``gc_in`` by a compiled kernel: mix and planar kernels in one pass over the maps.
+"""The forms ``gc`` and ``gc_in`` by a compiled kernel: group mix and spatial kernels in one pass over the maps.
 
-One after the other, on whole maps, the two are a matter of memory. ``csrc/separable.c`` takes an image by rows, or by
-bands of rows where channels are few, so that what lies between them stays in the cache, forward and backward. It is for
-maps on a CPU, in single precision and as the layers give them; everywhere else the operations of PyTorch do the same
-(:meth:`gconv.functional.forms.Form.run`).
+Run one after the other on whole maps, these two steps are limited by memory. ``csrc/separable_conv.c`` works on a few
+rows of an image at a time, so that the map between the two steps stays in the cache, forward and backward. The kernel
+takes maps on a CPU, in single precision, in the layout that the layers give them. For all other maps PyTorch's
+operations do the same (:meth:`gconv.functional.forms.Form.run`).
 
-A small layer is over in a fraction of a millisecond, in which few operations of PyTorch can be called. So the kernel is
-given a layer's parameters as they are and gives back their gradients, and what it needs to know of a layer's size is
-made once.
+A small layer takes a fraction of a millisecond, and in that time only few operations of PyTorch can be called. So the
+kernel reads a layer's parameters in their own layout and returns their gradients likewise, and everything that depends
+only on the layer's size is computed once.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ from gconv.system.errors import InputError
 from .dispatch import Sizes, basis_for, best, rounded
 from .library import address, is_supported, launch
 
-MOST_K, MOST_ORDER = 15, 8  # as in csrc/separable.c
-_LARGEST = 2**31 - 1  # of an int there
+MAX_K, MAX_ORDER = 15, 8  # MOST_K and MOST_ORDER of csrc/separable_conv.c
+_MAX_INT = 2**31 - 1  # of a C int
 
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
 
 
 class _Layer(ctypes.Structure):
+    """``struct layer`` of ``csrc/separable_conv.c``."""
+
     _fields_ = (
-        *((name, _int) for name in ("order", "in_channels", "out_channels", "rank", "planar_first")),
+        *((name, _int) for name in ("order", "in_channels", "out_channels", "rank", "spatial_first")),
         *((name, _int) for name in ("k", "stride", "padding", "height", "width", "out_height", "out_width")),
         *((name, _int) for name in ("products", "in_basis", "biased", "weights", "weights_back")),
         *((name, _pointer) for name in ("table", "matrices", "basis", "pixels")),
@@ -53,7 +55,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Product(NamedTuple):
-    """One of the matrix products that a mix is a sum of, as a row of the table of ``csrc/separable.c``."""
+    """One of the matrix products that a mix consists of: a row of the table in ``csrc/separable_conv.c``."""
 
     read: int
     depth: int
@@ -71,24 +73,24 @@ class _Product(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """What the compiled kernel is told of a layer, whatever its parameters are; obtained from :func:`kernel_of`.
+    """The compiled kernel for layers of one size, whatever their parameters; obtained from :func:`kernel_of`.
 
-    The parameters, in the shapes of the forms ``gc`` and ``gc_in``, are ``mix``, ``spatial`` and a bias ``[O]`` or
-    None. Maps are ``[N, C, S, H, W]`` and lie as :func:`gconv.functional.expansion.is_group_major` says.
+    The parameters are ``mix`` and ``spatial``, in the shapes of the forms ``gc`` and ``gc_in``, and a bias ``[O]`` or
+    None. Maps are ``[N, C, S, H, W]``, in the layout that :func:`gconv.functional.expansion.is_group_major` tests.
 
     Attributes:
-        group: of the layer.
-        sizes: of the layer.
-        in_basis: whether the mix is in the irreducible representations of the group.
+        group: the layer's group.
+        sizes: the layer's sizes.
+        in_basis: whether the mix is done in the irreducible representations of the group.
         biased: whether there is a bias.
-        variant: which version of the kernel.
-        lanes: to a multiple of what that rounds channels up.
+        variant: the number of the kernel's version.
+        lanes: this version pads channels to a multiple of this number.
         table: ``[P, 12]``, the matrix products of the mix, each a :class:`_Product`.
-        matrices: what the products are made from: for every kind of block ``[S, d, d]``, one after the other.
-        basis: ``[S, S]``.
-        pixels: ``[S, k k]``, where the entries of the turned planar kernels come from.
-        weights: how many values the packed matrices have.
-        weights_back: how many the packed transposed ones.
+        matrices: the representations that the products are made from, ``[S, d, d]`` each, one after the other.
+        basis: ``[S, S]``, the change of basis.
+        pixels: ``[S, k k]``, for each transformed spatial kernel the entries of the kernel in their new order.
+        weights: the number of values of the packed matrices.
+        weights_back: the number of values of the packed transposed matrices.
     """
 
     group: Group
@@ -106,54 +108,54 @@ class Kernel:
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
-        """Of the parameters."""
-        s, i, o, rank, planar_first, k, *_ = self.sizes
-        mix, spatial = FORMS["gc_in" if planar_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
+        """The shapes of mix, spatial and bias."""
+        s, i, o, rank, spatial_first, k, *_ = self.sizes
+        mix, spatial = FORMS["gc_in" if spatial_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
         return mix, spatial, (o,) if self.biased else None
 
     @property
-    def planes(self) -> int:
-        """How many values the packed planar kernels have."""
+    def spatial_values(self) -> int:
+        """The number of values of the packed spatial kernels."""
         sizes = self.sizes
-        channels = sizes.order * (sizes.in_channels if sizes.planar_first else sizes.out_channels)
+        channels = sizes.order * (sizes.in_channels if sizes.spatial_first else sizes.out_channels)
         return sizes.rank * sizes.k**2 * rounded(channels, self.lanes)
 
     @property
     def biases(self) -> int:
-        """How many the packed bias has."""
+        """The number of values of the packed bias."""
         return rounded(self.sizes.order * self.sizes.out_channels, self.lanes)
 
     def is_supported(self, x: Tensor) -> bool:
-        """Whether it runs on this map, which :func:`gconv.kernels.library.is_supported` takes."""
+        """Whether it runs on this map, if :func:`gconv.kernels.library.is_supported` holds for the map too."""
         return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and is_group_major(x)
 
     def can_fuse_add(self, residual: Tensor | None, x: Tensor) -> bool:
-        """Whether it can add this map, if any, to what becomes of x."""
+        """Whether it can add this map to the output for x; true where there is none."""
         if residual is None:
             return True
         shape = (len(x), self.sizes.out_channels, self.sizes.order, *self.sizes.output(*x.shape[3:]))
         return residual.shape == shape and is_supported(residual) and is_group_major(residual)
 
     def _layer(self, height: int, width: int) -> Any:
-        """For the compiled functions, of maps of this size, which :meth:`is_supported` has seen."""
+        """The layer on maps of this size, for the compiled functions; :meth:`is_supported` has accepted the size."""
         layer = _layer_of(self, height, width)
         assert layer is not None
         return ctypes.byref(layer)
 
     def pack(self, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
-        """The parameters as the kernel reads them.
+        """The parameters in the layout that the kernel reads.
 
         Raises:
-            InputError: their shapes are not those of the layer.
+            InputError: the parameters do not have the shapes of the layer's.
         """
         shapes = tuple(None if of is None else tuple(of.shape) for of in (mix, spatial, bias))
         if shapes != self.shapes:
             given, accepted = (", ".join(str(of and list(of)) for of in some) for some in (shapes, self.shapes))
             raise InputError(f"parameters of shapes {given} do not fit their layer; accepted: {accepted}")
-        packed = mix.new_empty(self.weights + self.weights_back + 2 * self.planes + self.biases)
+        packed = mix.new_empty(self.weights + self.weights_back + 2 * self.spatial_values + self.biases)
         bias = None if bias is None else bias.contiguous()
-        tensors = mix.contiguous(), spatial.contiguous(), bias  # named, as an address keeps nothing alive
-        layer = self._layer(self.sizes.k, self.sizes.k)  # the size of the maps does not matter
+        tensors = mix.contiguous(), spatial.contiguous(), bias  # has a name, because an address keeps nothing alive
+        layer = self._layer(self.sizes.k, self.sizes.k)  # any size of maps will do
         launch("pack", self.variant, layer, torch.get_num_threads(), *map(address, tensors), address(packed))
         return packed
 
@@ -162,9 +164,9 @@ class Kernel:
 
         Args:
             x: ``[N, I, S, H, W]``.
-            packed: by :meth:`pack`.
-            more: is added to the output.
-            relu: whether ReLU comes then.
+            packed: the parameters, from :meth:`pack`.
+            residual: a map that is added to the output.
+            relu: whether to apply ReLU after that.
         """
         sizes, (height, width) = self.sizes, x.shape[3:]
         y = new_group_major(x, len(x), sizes.out_channels, sizes.order, *sizes.output(height, width))
@@ -173,11 +175,11 @@ class Kernel:
         return y
 
     def backward(
-        self, x: Tensor, gradient: Tensor, packed: Tensor, with_planes: bool
+        self, x: Tensor, gradient: Tensor, packed: Tensor, with_spatial: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The gradients of the map, the mix, the planar kernels if asked, and the bias if there is one."""
+        """The gradients of the map, the mix, the spatial kernels if asked, and the bias if there is one."""
         mix, spatial, bias = self.shapes
-        of_spatial = x.new_empty(spatial) if with_planes else None
+        of_spatial = x.new_empty(spatial) if with_spatial else None
         of_bias = None if bias is None else x.new_empty(bias)
         found = new_group_major(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
         layer, threads = self._layer(*x.shape[3:]), torch.get_num_threads()
@@ -187,14 +189,14 @@ class Kernel:
     def run(
         self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
-        """The same from the parameters themselves, with gradients."""
+        """The same as :meth:`forward`, from the parameters themselves and with gradients."""
         y: Tensor = _Differentiable.apply(self, x, mix, spatial, bias, residual)
         return y
 
     def reference(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
         """The same by PyTorch's operations."""
-        s, i, o, rank, planar_first, k, *sampling = self.sizes
-        form = FORMS["gc_in" if planar_first else "gc"]
+        s, i, o, rank, spatial_first, k, *sampling = self.sizes
+        form = FORMS["gc_in" if spatial_first else "gc"]
         basis = basis_on(self.group, x.device, x.dtype) if self.in_basis else None
         filters = form.filters(mix, spatial, Tables.build(self.group, k, device=x.device), basis)
         biases = None if bias is None else bias.repeat(s)
@@ -204,39 +206,22 @@ class Kernel:
 
 @lru_cache(maxsize=1024)
 def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kernel | None:
-    """The kernel for layers of a size, in the version that is best for it; None where none can run.
+    """The kernel for layers of a size, in the version that is fastest for it; None where no version can run.
 
     Args:
-        group: of the layer.
-        sizes: of the layer.
-        in_basis: whether its mix is to be in the irreducible representations of the group.
+        group: the layer's group.
+        sizes: the layer's sizes.
+        in_basis: whether its mix is to be done in the irreducible representations of the group.
         biased: whether it has a bias.
     """
-    s, i, o, rank, planar_first, k, _, padding, dilation = sizes
+    s, _, _, _, _, k, _, padding, dilation = sizes
     version = best(group, sizes, in_basis)
-    if version is None or not (dilation == 1 and k <= MOST_K and padding < k and s <= MOST_ORDER):
+    if version is None or not (dilation == 1 and k <= MAX_K and padding < k and s <= MAX_ORDER):
         return None
     variant, lanes = version
     basis, copies, kinds = basis_for(group, in_basis)
-    products = []
-    packed = packed_back = matrices = 0
-    reads = [term * s * i if planar_first else 0 for term in range(rank)]
-    writes = [0 if planar_first else term * s * o for term in range(rank)]
-    # Of terms that are added to the same values, the first must come first.
-    for number, kind in zip(copies, kinds, strict=True):
-        d = kind.shape[1]
-        depth, columns = d * i, d * o
-        for term in range(rank):
-            for copy in range(number):
-                can_fuse_add = (term > 0, False) if planar_first else (False, term > 0)
-                where = reads[term], depth, writes[term], columns, *can_fuse_add, packed, packed_back
-                products.append(_Product(*where, term, d, matrices, copy == 0))
-                reads[term] += depth
-                writes[term] += columns
-            packed += rounded(columns, lanes) * depth
-            packed_back += rounded(depth, lanes) * columns
-        matrices += kind.numel()
-    if max(packed, packed_back) > _LARGEST:
+    products, packed, packed_back = _products(sizes, copies, kinds, lanes)
+    if max(packed, packed_back) > _MAX_INT:
         return None
     table = torch.tensor(products, dtype=torch.int32)
     flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
@@ -244,13 +229,39 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
     return Kernel(group, sizes, in_basis, biased, variant, lanes, table, flat, basis, pixels, packed, packed_back)
 
 
+def _products(
+    sizes: Sizes, copies: tuple[int, ...], kinds: tuple[Tensor, ...], lanes: int
+) -> tuple[list[_Product], int, int]:
+    """The matrix products of a mix, and how many values their packed matrices and the transposed ones have."""
+    s, i, o, rank, spatial_first, *_ = sizes
+    products = []
+    packed = packed_back = matrices = 0
+    reads = [term * s * i if spatial_first else 0 for term in range(rank)]
+    writes = [0 if spatial_first else term * s * o for term in range(rank)]
+    # Several terms may be added to the same values. The first of them must then come first, because it overwrites.
+    for number, kind in zip(copies, kinds, strict=True):
+        d = kind.shape[1]
+        depth, columns = d * i, d * o
+        for term in range(rank):
+            for copy in range(number):
+                added = (term > 0, False) if spatial_first else (False, term > 0)
+                where = reads[term], depth, writes[term], columns, *added, packed, packed_back
+                products.append(_Product(*where, term, d, matrices, copy == 0))
+                reads[term] += depth
+                writes[term] += columns
+            packed += rounded(columns, lanes) * depth
+            packed_back += rounded(depth, lanes) * columns
+        matrices += kind.numel()
+    return products, packed, packed_back
+
+
 @lru_cache(maxsize=4096)
 def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
     sizes = kernel.sizes
     output = sizes.output(height, width)
-    pixels = (height + 2 * sizes.k) * (width + 2 * sizes.k)  # more than of any map
+    pixels = (height + 2 * sizes.k) * (width + 2 * sizes.k)  # more than any map has
     values = pixels * sizes.order * max(sizes.in_channels, sizes.out_channels) * sizes.rank
-    if min(output) <= 0 or values > _LARGEST:
+    if min(output) <= 0 or values > _MAX_INT:
         return None
     counts = len(kernel.table), kernel.in_basis, kernel.biased, kernel.weights, kernel.weights_back
     tensors = kernel.table, kernel.matrices, kernel.basis, kernel.pixels
@@ -258,7 +269,7 @@ def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The kernel with its gradients; those of these are PyTorch's."""
+    """The kernel with its gradients. Second derivatives are PyTorch's."""
 
     @staticmethod
     def forward(
@@ -271,13 +282,13 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kernel, (gradient,) = ctx.kernel, gradients
-        of_more = gradient if ctx.needs_input_grad[5] else None
+        of_residual = gradient if ctx.needs_input_grad[5] else None
         given = ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients are to have some themselves
+        if torch.is_grad_enabled():  # the caller wants gradients of these gradients
             y = kernel.reference(*given)
             wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            return None, *(next(found) if t is not None and t.requires_grad else None for t in given), of_more
+            return None, *(next(found) if t is not None and t.requires_grad else None for t in given), of_residual
         if not is_group_major(gradient):
             gradient = new_group_major(gradient, *gradient.shape).copy_(gradient)
-        return None, *kernel.backward(given[0], gradient, ctx.packed, ctx.needs_input_grad[3]), of_more
+        return None, *kernel.backward(given[0], gradient, ctx.packed, ctx.needs_input_grad[3]), of_residual

@@ -24,8 +24,9 @@ from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
 from gconv.kernels.dispatch import Sizes, mixes_pay
-from gconv.kernels.library import convolve, is_supported
+from gconv.kernels.library import is_supported
 from gconv.kernels.separable_conv import Kernel, kernel_of
+from gconv.kernels.small_conv import convolve
 from gconv.system.errors import InputError
 
 from .packed_weights import PackedCache, PackedWeights, RunConfig

@@ -16,7 +16,8 @@ from gconv.functional.expansion import (
     to_group_major,
 )
 from gconv.functional.expansion import relu as relu_of
-from gconv.kernels.library import is_supported, library, norm, norm_backward, norm_train
+from gconv.kernels.batch_norm import norm, norm_backward, norm_train
+from gconv.kernels.library import is_supported
 from gconv.system.distributed import processes, sum_over_processes
 from gconv.system.errors import InputError
 
@@ -206,7 +207,7 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 
 def _is_compiled(x: Tensor, order: int, *parameters: Tensor | None) -> bool:
     """Whether the compiled passes are for this map and what its channels have, each ``[C]``."""
-    usual = library() is not None and is_supported(x, *parameters) and has_channels_last_strides(x)
+    usual = is_supported(x, *parameters) and has_channels_last_strides(x)
     return usual and all(of is not None and order * len(of) == x.shape[1] for of in parameters)
 
 

@@ -1,4 +1,4 @@
-/* What rows.h and planes.h have in common, for one instruction set: NAME(x) is the name of x there, TARGET the
+/* What over_channels.h and over_pixels.h have in common, for one instruction set: NAME(x) is the name of x there, TARGET the
  * attribute of its functions, V the floats a vector, REGISTERS how many vectors it holds, WIDE the most vectors in a row
  * of a tile of a matrix product, LOAD_MASKED and STORE_MASKED how parts of vectors are loaded and stored, where it can. */
 
@@ -41,7 +41,7 @@ INLINE TARGET void NAME(store_part)(float *to, vec value, int n)
 INLINE TARGET void NAME(finished)(float *to, vec value, int column, int n, const struct ending *end)
 {
     if (end->bias) value += NAME(load_part)(end->bias + column, n);
-    if (end->more) value += NAME(load_part)(end->more + (to - end->y), n);
+    if (end->residual) value += NAME(load_part)(end->residual + (to - end->y), n);
     if (end->relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
     NAME(store_part)(to, value, n);
 }

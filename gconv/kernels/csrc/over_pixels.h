@@ -1,6 +1,6 @@
-/* The kernels of separable.c with a plane for each channel, for layers of few channels and stride one. Vectors hold
+/* The kernels of separable_conv.c with a plane for each channel, for layers of few channels and stride one. Vectors hold
  * eight neighbouring positions, so none is part empty because a block of a matrix has few channels: products in the
- * irreducible representations cost what they should. Channels-last maps are turned as they are read and as they are
+ * irreducible representations cost what they should. Channels-last maps are transposed as they are read and as they are
  * written. An image is done in bands of rows, whose planes stay in the second cache.
  *
  * Where the kernel reads beyond the sides of a map, vectors are masked. Above and below there are rows of zeros; they,
@@ -24,8 +24,8 @@ INLINE unsigned NAME(inside)(int at, int width)
 
 INLINE TARGET vec NAME(load_some)(unsigned which, const float *from) { return (vec)LOAD_MASKED(which, from); }
 
-/* Eight vectors of eight values, turned. */
-INLINE TARGET void NAME(turn)(vec *v)
+/* Transposes eight vectors of eight values. */
+INLINE TARGET void NAME(transpose)(vec *v)
 {
     __m256 pairs[8], fours[8];
     UNROLLED for (int i = 0; i < 8; i += 2) {
@@ -55,12 +55,12 @@ TARGET static void NAME(enter)(const float *x, int c, int width, int rows, float
                 vec v[V];
                 if (q + V <= width && j + V <= c) {
                     UNROLLED for (int n = 0; n < V; n++) v[n] = NAME(load)(from + n * c);
-                    NAME(turn)(v);
+                    NAME(transpose)(v);
                     UNROLLED for (int n = 0; n < V; n++) NAME(store)(to + floats(n, plane), v[n]);
                     continue;
                 }
                 for (int n = 0; n < V; n++) v[n] = q + n < width ? NAME(load_part)(from + n * c, c - j) : (vec){0};
-                NAME(turn)(v);
+                NAME(transpose)(v);
                 for (int n = 0; n < V && n < c - j; n++) NAME(store)(to + floats(n, plane), v[n]);
             }
 }
@@ -78,13 +78,13 @@ INLINE TARGET void NAME(leave)(const float *planes, int plane, int pitch, int co
             vec v[V];
             if (some < V || q + V > width) {
                 for (int n = 0; n < V; n++) v[n] = n < some ? NAME(load)(from + floats(n, plane)) : (vec){0};
-                NAME(turn)(v);
+                NAME(transpose)(v);
                 for (int n = 0; n < V && q + n < width; n++)
                     NAME(finished)(to + floats(n, c), v[n], column, some, end);
                 continue;
             }
             UNROLLED for (int n = 0; n < V; n++) v[n] = NAME(load)(from + floats(n, plane));
-            NAME(turn)(v);
+            NAME(transpose)(v);
             UNROLLED for (int n = 0; n < V; n++) NAME(finished)(to + floats(n, c), v[n], column, V, end);
         }
 }
@@ -285,26 +285,26 @@ INLINE const float *NAME(reach)(const struct NAME(planes) *p, int channel, int p
 }
 
 /* Output rows `first` to `last` - 1 of one image. The scratch is zeros at first. */
-TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *more,
+TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *residual,
                                  int relu, float *y, int first, int last, float *scratch)
 {
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, rank = l->rank;
-    int c = l->planar_first ? ci : co, most = p->rows + k - 1, plane = plane_of(l, most), pitch = pitch_of(l);
+    int c = l->spatial_first ? ci : co, most = p->rows + k - 1, plane = plane_of(l, most), pitch = pitch_of(l);
     int from = first - l->padding, to = last - l->padding + k - 1, rows = last - first;
     from = from < 0 ? 0 : from, to = to > l->height ? l->height : to;
-    int values = (l->planar_first ? rows : to - from) * pitch;
+    int values = (l->spatial_first ? rows : to - from) * pitch;
     struct NAME(window) w = {k, l->padding, pitch, c, l->width, l->out_width, rows};
     struct NAME(planes) in = NAME(take_planes)(&scratch, l, ci, plane, from);
     struct NAME(planes) made = NAME(take_planes)(&scratch, l, c * rank, plane, from);
     struct NAME(planes) out = NAME(take_planes)(&scratch, l, rounded(co, V), plane, first);
     size_t at = floats(first * l->out_width, co);
-    struct ending end = {p->bias, more ? more + at : NULL, relu, y + at};
+    struct ending end = {p->bias, residual ? residual + at : NULL, relu, y + at};
     NAME(enter)(x + floats(from * l->width, ci), ci, l->width, to - from, in.at, plane, pitch);
-    if (l->planar_first) {
+    if (l->spatial_first) {
         if (first > 0) NAME(clear_below)(&in, ci, plane, pitch, to - from, most);
         for (int i = 0; i < ci; i++)
             for (int r = 0; r < rank; r++)
-                NAME(filter)(&w, NAME(reach)(&in, i, plane, &w, first), p->planar + r * k * k * c + i,
+                NAME(filter)(&w, NAME(reach)(&in, i, plane, &w, first), p->spatial + r * k * k * c + i,
                              made.at + floats(r * ci + i, plane), 0);
         NAME(change)(l, p->basis_back, made.at, plane, l->in_channels, rank, values);
         NAME(mix)(l, p, 0, made.at, out.at, plane, values);
@@ -320,7 +320,7 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     for (int j = 0; j < co; j += V) {
         for (int i = j; i < co && i < j + V; i++)
             for (int r = 0; r < rank; r++)
-                NAME(filter)(&w, NAME(reach)(&made, r * co + i, plane, &w, first), p->planar + r * k * k * c + i,
+                NAME(filter)(&w, NAME(reach)(&made, r * co + i, plane, &w, first), p->spatial + r * k * k * c + i,
                              out.at + floats(i - j, plane), r > 0);
         NAME(leave)(out.at, plane, pitch, j, co, l->out_width, rows, &end);
     }
@@ -337,7 +337,7 @@ struct NAME(band) {
     float *scratch;
 };
 
-/* Of `gc`: mix, then filters. The gradient of these is found turned by a half. */
+/* Of `gc`: mix, then filters. The gradient of these is found flipped. */
 TARGET static void NAME(backward_gc)(const struct layer *l, const struct parts *p, const float *x, struct NAME(band) *b,
                                      float *gw, float *gd)
 {
@@ -356,7 +356,7 @@ TARGET static void NAME(backward_gc)(const struct layer *l, const struct parts *
         const float *read = NAME(reach)(&b->g, i, plane, &back, b->first);
         for (int r = 0; r < rank; r++) {
             size_t at = floats(r * co + i, plane), kernel = (size_t)r * kk * co + i;
-            NAME(filter)(&back, read, p->planar_back + kernel, gradient.at + at, 0);
+            NAME(filter)(&back, read, p->spatial_back + kernel, gradient.at + at, 0);
             if (gd) NAME(filter_gradient)(&back, read, made.at + at, gd + kernel * V);
         }
     }
@@ -392,7 +392,7 @@ TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct part
             const float *read = NAME(reach)(&in, i, plane, &w, done);
             for (int r = 0; r < rank; r++) {
                 size_t at = floats(r * ci + i, plane), kernel = (size_t)r * kk * ci + i;
-                NAME(filter)(&w, read, p->planar + kernel, made.at + at, 0);
+                NAME(filter)(&w, read, p->spatial + kernel, made.at + at, 0);
                 if (gd) NAME(filter_gradient)(&w, read, gradient.at + at + later, gd + kernel * V);
             }
         }
@@ -404,13 +404,13 @@ TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct part
         for (int i = j; i < ci && i < j + V; i++)
             for (int r = 0; r < rank; r++)
                 NAME(filter)(&back, NAME(reach)(&gradient, r * ci + i, plane, &back, b->first),
-                             p->planar_back + (size_t)r * kk * ci + i, made.at + floats(i - j, plane), r > 0);
+                             p->spatial_back + (size_t)r * kk * ci + i, made.at + floats(i - j, plane), r > 0);
         NAME(leave)(made.at, plane, pitch, j, ci, l->width, b->last - b->first, &b->end);
     }
 }
 
-/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The planar adjoint is a convolution of the
- * gradients, with the kernels turned by a half and k - 1 - padding around. Of gw and gd there are eight sums each. */
+/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The adjoint of the spatial kernels is a convolution of the
+ * gradients, with the kernels flipped and k - 1 - padding around. Of gw and gd there are eight sums each. */
 TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, const float *x, const float *gy,
                                   float *gx, float *gw, float *gd, float *gb, float *scratch)
 {
@@ -423,11 +423,11 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
         from = from < 0 ? 0 : from, to = to > l->out_height ? l->out_height : to;
         struct NAME(band) b = {.first = first, .last = last, .from = from, .to = to, .plane = plane, .pitch = pitch};
         b.most = most, b.scratch = scratch;
-        b.back = (struct NAME(window)){k, border, pitch, l->planar_first ? ci : co, l->out_width, l->width, last - first};
+        b.back = (struct NAME(window)){k, border, pitch, l->spatial_first ? ci : co, l->out_width, l->width, last - first};
         b.end = (struct ending){.y = gx + floats(first * l->width, ci)};
         b.g = NAME(take_planes)(&b.scratch, l, co, plane, from);
         NAME(enter)(gy + floats(from * l->out_width, co), co, l->out_width, to - from, b.g.at, plane, pitch);
-        if (l->planar_first) NAME(backward_gc_in)(l, p, x, &b, done, gw, gd);
+        if (l->spatial_first) NAME(backward_gc_in)(l, p, x, &b, done, gw, gd);
         else NAME(backward_gc)(l, p, x, &b, gw, gd);
         done = to > done ? to : done;
     }

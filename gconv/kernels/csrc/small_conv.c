@@ -63,14 +63,14 @@ TARGET static void row(const struct sizes *s, const float *x, const float *w, co
 }
 
 /* Whether this processor can. */
-int gconv_full_runs(void)
+int gconv_small_conv_runs(void)
 {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 
 /* With weights [k][k][C][O], O a multiple of eight, a bias or NULL, and ReLU if asked. Returns 0. */
-int gconv_full(int threads, int n, int channels, int out_channels, int k, int height, int width, const float *x,
+int gconv_small_conv(int threads, int n, int channels, int out_channels, int k, int height, int width, const float *x,
                const float *w, const float *bias, int relu, float *y)
 {
     const struct sizes s = {channels, out_channels, k, height, width};
@@ -88,6 +88,6 @@ int gconv_full(int threads, int n, int channels, int out_channels, int k, int he
 
 #else
 
-int gconv_full_runs(void) { return 0; }
+int gconv_small_conv_runs(void) { return 0; }
 
 #endif

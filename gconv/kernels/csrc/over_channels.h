@@ -1,5 +1,5 @@
-/* The kernels of separable.c row by row, with vectors of neighbouring channels, for layers of any size. What lies between
- * mix and planar kernels is a few rows. */
+/* The kernels of separable_conv.c row by row, with vectors of neighbouring channels, for layers of any size. What lies between
+ * mix and spatial kernels is a few rows. */
 
 #include "vectors.h"
 
@@ -44,7 +44,7 @@ INLINE struct NAME(meeting) NAME(meet)(const float *const *rows, const float *d,
     return met;
 }
 
-/* Where an output goes, and with what: as `planar` says. */
+/* Where an output goes, and with what: as `depthwise` says. */
 INLINE TARGET void NAME(place)(vec value, float *y, int ldy, int x, int j, int c, int add, const struct ending *end)
 {
     float *to = y + floats(x, ldy) + j;
@@ -54,7 +54,7 @@ INLINE TARGET void NAME(place)(vec value, float *y, int ldy, int x, int j, int c
 }
 
 /* Of a kernel of any size. */
-TARGET static void NAME(planar_any)(const struct NAME(meeting) *met, int ld, int stride, int k, int c, float *y,
+TARGET static void NAME(depthwise_any)(const struct NAME(meeting) *met, int ld, int stride, int k, int c, float *y,
                                     int ldy, int width, int add, const struct ending *end)
 {
     for (int j = 0; j < c; j += V)
@@ -69,7 +69,7 @@ TARGET static void NAME(planar_any)(const struct NAME(meeting) *met, int ld, int
 }
 
 /* Of one of size three, of which `some` rows meet the map, with stride one: neighbours share what they read. */
-INLINE TARGET void NAME(planar_three)(const struct NAME(meeting) *met, int ld, const int some, int c, float *y, int ldy,
+INLINE TARGET void NAME(depthwise_three)(const struct NAME(meeting) *met, int ld, const int some, int c, float *y, int ldy,
                                       int width, int add, const struct ending *end)
 {
     for (int j = 0; j < c; j += V) {
@@ -97,13 +97,13 @@ INLINE TARGET void NAME(planar_three)(const struct NAME(meeting) *met, int ld, c
 /* One row of a depthwise convolution of c channels: y[x][:c] = or += sum over dy, dx of d[dy][dx] rows[dy][x + dx].
  * rows[dy] has its borders, or is NULL if it is all zero. Writes whole vectors, up to ROUNDED(c); or if `end` is given
  * what becomes of them there. */
-TARGET static void NAME(planar)(const float *const *rows, int ld, int stride, const float *d, int k, int c, float *y,
+TARGET static void NAME(depthwise)(const float *const *rows, int ld, int stride, const float *d, int k, int c, float *y,
                                 int ldy, int width, int add, const struct ending *end)
 {
     struct NAME(meeting) met = NAME(meet)(rows, d, k, c);
-    if (k == 3 && stride == 1 && met.some == 3) NAME(planar_three)(&met, ld, 3, c, y, ldy, width, add, end);
-    else if (k == 3 && stride == 1 && met.some == 2) NAME(planar_three)(&met, ld, 2, c, y, ldy, width, add, end);
-    else NAME(planar_any)(&met, ld, stride, k, c, y, ldy, width, add, end);
+    if (k == 3 && stride == 1 && met.some == 3) NAME(depthwise_three)(&met, ld, 3, c, y, ldy, width, add, end);
+    else if (k == 3 && stride == 1 && met.some == 2) NAME(depthwise_three)(&met, ld, 2, c, y, ldy, width, add, end);
+    else NAME(depthwise_any)(&met, ld, stride, k, c, y, ldy, width, add, end);
 }
 
 /* A part of the gradient of a kernel: of `some` of its rows, of which the map's and the gradient's are given, and
@@ -136,7 +136,7 @@ INLINE TARGET void NAME(taps)(const float *const *rows, float *const *gd, int ld
 }
 
 /* The gradient of the kernel: gd[dy][dx][:c] += sum over x of t[x][:c] rows[dy][x + dx][:c] */
-TARGET static void NAME(planar_gradient)(const float *const *rows, int ld, int stride, const float *t, int ldt, int k,
+TARGET static void NAME(depthwise_gradient)(const float *const *rows, int ld, int stride, const float *t, int ldt, int k,
                                          int c, float *gd, int width)
 {
     struct NAME(meeting) met = NAME(meet)(rows, gd, k, c);
@@ -220,12 +220,12 @@ TARGET static void NAME(finish)(const float *x, int ld, int c, int positions, co
 }
 
 /* Output rows `first` to `last` - 1 of one image. */
-TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *more,
+TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *residual,
                                  int relu, float *y, int first, int last, float *scratch)
 {
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, wide = l->width + 2 * l->padding;
-    int c = l->planar_first ? ci : co, kept = l->planar_first ? ci : co * l->rank, ld = padded(kept);
-    int ldf = padded(l->planar_first ? ci * l->rank : co), positions = wide > l->out_width ? wide : l->out_width;
+    int c = l->spatial_first ? ci : co, kept = l->spatial_first ? ci : co * l->rank, ld = padded(kept);
+    int ldf = padded(l->spatial_first ? ci * l->rank : co), positions = wide > l->out_width ? wide : l->out_width;
     float *ring = NAME(take)(&scratch, floats(k * wide, ld)); /* zeros at first, as its borders stay */
     float *filtered = NAME(take)(&scratch, floats(positions, ldf));
     float *in = NAME(take)(&scratch, floats(positions, padded(ci * l->rank)));
@@ -242,7 +242,7 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
             if (!rows[dy] || i < ready) continue;
             const float *from = x + floats(i * l->width, ci);
             prefetch(from + floats(l->width, ci), floats(l->width, ci));
-            if (l->planar_first)
+            if (l->spatial_first)
                 NAME(spread)(from, ci, to, ld, ci, l->width);
             else {
                 int ldi = ci;
@@ -252,15 +252,15 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
             ready = i + 1;
         }
         size_t at = floats(o * l->out_width, co);
-        struct ending end = {p->bias, more ? more + at : NULL, relu, y + at};
+        struct ending end = {p->bias, residual ? residual + at : NULL, relu, y + at};
         for (int r = 0; r < l->rank; r++) {
-            const float *d = p->planar + (size_t)r * k * k * ROUNDED(c);
-            for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && !l->planar_first ? rows[dy] + r * co : rows[dy];
-            float *to = l->planar_first ? filtered + r * ci : filtered;
-            NAME(planar)(shifted, ld, l->stride, d, k, c, to, ldf, l->out_width, !l->planar_first && r,
-                         l->planar_first || r < l->rank - 1 ? NULL : &end);
+            const float *d = p->spatial + (size_t)r * k * k * ROUNDED(c);
+            for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && !l->spatial_first ? rows[dy] + r * co : rows[dy];
+            float *to = l->spatial_first ? filtered + r * ci : filtered;
+            NAME(depthwise)(shifted, ld, l->stride, d, k, c, to, ldf, l->out_width, !l->spatial_first && r,
+                         l->spatial_first || r < l->rank - 1 ? NULL : &end);
         }
-        if (l->planar_first) {
+        if (l->spatial_first) {
             int ldi = ldf;
             const float *entered = NAME(enter)(l, p, filtered, &ldi, l->rank, l->in_channels, in, l->out_width);
             if (l->in_basis) {
@@ -272,21 +272,21 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     }
 }
 
-/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The planar adjoint is a convolution, with the
- * kernels turned by a half, of the gradients with stride - 1 zeros between them and k - 1 - padding around. gd is
- * turned by a half in `gc`. */
+/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The adjoint of the spatial kernels is a convolution, with the
+ * kernels flipped, of the gradients with stride - 1 zeros between them and k - 1 - padding around. gd is
+ * flipped in `gc`. */
 TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, const float *x, const float *gy,
                                   float *gx, float *gw, float *gd, float *gb, float *scratch)
 {
     int k = l->k, stride = l->stride, border = k - 1 - l->padding, wide = l->width + k - 1, rank = l->rank;
-    int ci = l->order * l->in_channels, co = l->order * l->out_channels, c = l->planar_first ? ci : co;
-    int kept = l->planar_first ? ci * rank : co, ld = padded(kept);
-    int ldi = padded(l->planar_first ? ci * rank : ci), ldo = padded(l->planar_first ? co : co * rank);
+    int ci = l->order * l->in_channels, co = l->order * l->out_channels, c = l->spatial_first ? ci : co;
+    int kept = l->spatial_first ? ci * rank : co, ld = padded(kept);
+    int ldi = padded(l->spatial_first ? ci * rank : ci), ldo = padded(l->spatial_first ? co : co * rank);
     int positions = wide > l->out_width ? wide : l->out_width, around = l->width + 2 * l->padding;
     size_t planes = (size_t)k * k * ROUNDED(c);
     /* Both are zeros at first, as what lies around and between the values stays so. */
     float *ring = NAME(take)(&scratch, floats(k * wide, ld));
-    float *image = l->planar_first ? NAME(take)(&scratch, floats(l->height * around, padded(ci))) : NULL;
+    float *image = l->spatial_first ? NAME(take)(&scratch, floats(l->height * around, padded(ci))) : NULL;
     int batch = batch_of(l), most = positions * batch, longer = ldi > ldo ? ldi : ldo;
     float *ins = NAME(take)(&scratch, floats(most, ldi)), *outs = NAME(take)(&scratch, floats(most, ldo));
     float *room = NAME(take)(&scratch, floats(positions, longer));
@@ -307,7 +307,7 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
             prefetch(from + floats(l->out_width, co), floats(l->out_width, co));
             float *to = ring + floats(o % k * wide + border, ld);
             if (gb) NAME(add_up)(from, co, l->out_width, gb);
-            if (!l->planar_first) {
+            if (!l->spatial_first) {
                 NAME(spread)(from, co, to, (size_t)stride * ld, co, l->out_width);
                 continue;
             }
@@ -327,10 +327,10 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
             NAME(mix)(l, p, 1, entered, lde, rank, l->in_channels, room, back, ldi, l->out_width, NULL);
             NAME(spread)(back, ldi, to, (size_t)stride * ld, kept, l->out_width);
             for (int r = 0; r < rank; r++) {
-                NAME(planar)(above, padded(ci), stride, p->planar + r * planes, k, ci, made + r * ci, ldi,
+                NAME(depthwise)(above, padded(ci), stride, p->spatial + r * planes, k, ci, made + r * ci, ldi,
                              l->out_width, 0, NULL);
                 if (gd)
-                    NAME(planar_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes,
+                    NAME(depthwise_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes,
                                           l->out_width);
             }
             const float *filtered = NAME(enter)(l, p, made, &ldf, rank, l->in_channels, in, l->out_width);
@@ -339,22 +339,22 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
         }
         int slot = i % batch * l->width;
         float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades;
-        float *back = backs + (l->planar_first ? 0 : floats(slot, ldo));
+        float *back = backs + (l->spatial_first ? 0 : floats(slot, ldo));
         struct ending end = {.y = gx + floats(i * l->width, ci)};
         for (int r = 0; r < rank; r++) {
-            for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && l->planar_first ? rows[dy] + r * ci : rows[dy];
-            float *to = l->planar_first ? back : back + r * co;
-            NAME(planar)(shifted, ld, 1, p->planar_back + r * planes, k, c, to, l->planar_first ? ldi : ldo, l->width,
-                         l->planar_first && r, l->planar_first && r == rank - 1 ? &end : NULL);
+            for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && l->spatial_first ? rows[dy] + r * ci : rows[dy];
+            float *to = l->spatial_first ? back : back + r * co;
+            NAME(depthwise)(shifted, ld, 1, p->spatial_back + r * planes, k, c, to, l->spatial_first ? ldi : ldo, l->width,
+                         l->spatial_first && r, l->spatial_first && r == rank - 1 ? &end : NULL);
         }
-        if (!l->planar_first) {
+        if (!l->spatial_first) {
             int lde = ci, ldg = ldo;
             const float *from = x + floats(i * l->width, ci);
             prefetch(from + floats(l->width, ci), floats(l->width, ci));
             const float *entered = NAME(enter)(l, p, from, &lde, 1, l->in_channels, in, l->width);
             NAME(mix)(l, p, 0, entered, lde, rank, l->out_channels, room, made, ldo, l->width, NULL);
             for (int r = 0; r < rank && gd; r++)
-                NAME(planar_gradient)(rows, ld, 1, made + r * co, ldo, k, co, gd + r * planes, l->width);
+                NAME(depthwise_gradient)(rows, ld, 1, made + r * co, ldo, k, co, gd + r * planes, l->width);
             const float *gradient = NAME(enter)(l, p, back, &ldg, rank, l->out_channels, out, l->width);
             if (slot == (batch - 1) * l->width || i == l->height - 1)
                 NAME(mix_gradient)(l, entered - floats(slot, lde), lde, gradient - floats(slot, ldg), ldg, gw,

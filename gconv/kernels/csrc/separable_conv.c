@@ -4,7 +4,7 @@
  * products, in a basis of the group axis or directly, and filters every channel in the plane by itself, in the one
  * order or the other. Done one after the other for whole maps that is a matter of memory; here each thread takes an
  * image and does it by rows, so that what lies between the two stays in its cache: row by row with vectors of channels
- * (rows.h), or in bands of rows with vectors of positions, where channels are few (planes.h).
+ * (over_channels.h), or in bands of rows with vectors of positions, where channels are few (over_pixels.h).
  *
  * Both are included once for each instruction set that they are for. Threads are those of the OpenMP library that PyTorch
  * has loaded, to which this one leaves its symbols to be resolved.
@@ -36,26 +36,26 @@ enum {
 };
 
 struct layer {
-    int order, in_channels, out_channels, rank, planar_first;
+    int order, in_channels, out_channels, rank, spatial_first;
     int k, stride, padding, height, width, out_height, out_width;
     int products, in_basis, biased;
     int weights, weights_back; /* how many floats the packed matrices are */
     const int *table;
     const float *matrices, *basis; /* of the group: see TERM, SIZE and MATRICES; and [S][S] */
-    const int *pixels;             /* [S][k k]: entry y of a kernel turned by s is that entry of the kernel */
+    const int *pixels;             /* [S][k k]: entry y of a kernel transformed by s is that entry of the kernel */
 };
 
-enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16, BAND = 1 << 17 /* floats of all planes of one, in planes.h */ };
+enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16, BAND = 1 << 17 /* floats of all planes of one, in over_pixels.h */ };
 
 /* What `pack` writes, one after the other, and the basis. Where vectors are of channels, these are rounded up to their
  * length, `lanes`; else to one. */
 struct parts {
     float *weights;            /* each matrix [COLUMNS / lanes][DEPTH][lanes] */
     float *weights_back;       /* likewise, of the transposed ones */
-    float *planar;             /* [rank][k k][channels] */
-    float *planar_back;        /* the same, turned by a half */
+    float *spatial;             /* [rank][k k][channels] */
+    float *spatial_back;        /* the same, flipped */
     float *bias;               /* [S out_channels], or NULL */
-    int rows;                  /* of a band, in planes.h */
+    int rows;                  /* of a band, in over_pixels.h */
     float basis[MOST_ORDER * MOST_ORDER], basis_back[MOST_ORDER * MOST_ORDER]; /* [S][S] and its transpose */
 };
 
@@ -64,26 +64,26 @@ static inline int padded(int values) { return (values + SPARE - 1) / SPARE * SPA
 
 static inline int rounded(int values, int lanes) { return (values + lanes - 1) / lanes * lanes; }
 
-static inline int planar_channels(const struct layer *l)
+static inline int spatial_channels(const struct layer *l)
 {
-    return l->order * (l->planar_first ? l->in_channels : l->out_channels);
+    return l->order * (l->spatial_first ? l->in_channels : l->out_channels);
 }
 
-/* How many floats the packed planar kernels are. */
-static inline size_t planes_of(const struct layer *l, int lanes)
+/* How many floats the packed spatial kernels are. */
+static inline size_t spatial_floats(const struct layer *l, int lanes)
 {
-    return (size_t)l->rank * l->k * l->k * rounded(planar_channels(l), lanes);
+    return (size_t)l->rank * l->k * l->k * rounded(spatial_channels(l), lanes);
 }
 
 static struct parts parts_of(const struct layer *l, int lanes, const float *packed)
 {
-    size_t planes = planes_of(l, lanes);
+    size_t planes = spatial_floats(l, lanes);
     struct parts p;
     p.weights = (float *)packed;
     p.weights_back = p.weights + l->weights;
-    p.planar = p.weights_back + l->weights_back;
-    p.planar_back = p.planar + planes;
-    p.bias = l->biased ? p.planar_back + planes : NULL;
+    p.spatial = p.weights_back + l->weights_back;
+    p.spatial_back = p.spatial + planes;
+    p.bias = l->biased ? p.spatial_back + planes : NULL;
     for (int i = 0; i < l->order; i++)
         for (int j = 0; j < l->order; j++)
             p.basis[i * l->order + j] = p.basis_back[j * l->order + i] = l->basis[i * l->order + j];
@@ -93,13 +93,13 @@ static struct parts parts_of(const struct layer *l, int lanes, const float *pack
 /* Rows whose matrix gradients are computed together: of short ones the sums would be read and written too often. */
 static inline int batch_of(const struct layer *l)
 {
-    int width = l->planar_first ? l->out_width : l->width;
+    int width = l->spatial_first ? l->out_width : l->width;
     return width < 64 ? 64 / width : 1;
 }
 
 static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
 
-/* Of planes.h: how many values a row of a plane has, those before the first row, among them zeros above the map, and all
+/* Of over_pixels.h: how many values a row of a plane has, those before the first row, among them zeros above the map, and all
  * of a plane with this many rows: an odd number of lines, as caches mistake addresses for each other that are a large
  * power of two apart. */
 static inline int pitch_of(const struct layer *l) { return l->width > l->out_width ? l->width : l->out_width; }
@@ -117,7 +117,7 @@ static inline int plane_of(const struct layer *l, int rows)
 
 /* What becomes of what the filters give, and where: a bias [S O] and another map are added, if they are not NULL, and
  * then comes ReLU, if asked. */
-struct ending { const float *bias, *more; int relu; float *y; };
+struct ending { const float *bias, *residual; int relu; float *y; };
 
 /* Into the second cache, as whole maps are seldom there: what will be read or written next. */
 static inline void prefetch(const float *from, size_t size)
@@ -125,7 +125,7 @@ static inline void prefetch(const float *from, size_t size)
     for (size_t i = 0; i < size; i += 16) __builtin_prefetch(from + i, 0, 2);
 }
 
-typedef void forward_rows(const struct layer *, const struct parts *, const float *x, const float *more, int relu,
+typedef void forward_rows(const struct layer *, const struct parts *, const float *x, const float *residual, int relu,
                           float *y, int first, int last, float *scratch);
 typedef void backward_image(const struct layer *, const struct parts *, const float *x, const float *gy, float *gx,
                             float *gw, float *gd, float *gb, float *scratch);
@@ -143,23 +143,23 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define WIDE 3
 #define LOAD_MASKED(mask, from) _mm512_maskz_loadu_ps((__mmask16)(mask), from)
 #define STORE_MASKED(to, mask, value) _mm512_mask_storeu_ps(to, (__mmask16)(mask), (__m512)(value))
-#include "rows.h"
+#include "over_channels.h"
 
-#define NAME(x) x##_planes
+#define NAME(x) x##_pixels
 #define TARGET AVX512
 #define V 8
 #define REGISTERS 32
 #define WIDE 5
 #define LOAD_MASKED(mask, from) _mm256_maskz_loadu_ps((__mmask8)(mask), from)
 #define STORE_MASKED(to, mask, value) _mm256_mask_storeu_ps(to, (__mmask8)(mask), (__m256)(value))
-#include "planes.h"
+#include "over_pixels.h"
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define V 8
 #define REGISTERS 16
 #define WIDE 3
-#include "rows.h"
+#include "over_channels.h"
 #endif
 
 #define NAME(x) x##_any
@@ -167,13 +167,13 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define V 4
 #define REGISTERS 16
 #define WIDE 3
-#include "rows.h"
+#include "over_channels.h"
 
 /* `sums`: how many are kept of each value of the gradients of the parameters, to be added up at the end; above one those
- * of planes.h. */
+ * of over_pixels.h. */
 static const struct { int lanes, sums; forward_rows *forward; backward_image *backward; } variants[] = {
 #if defined(__x86_64__)
-    {1, 8, forward_planes, backward_planes},
+    {1, 8, forward_pixels, backward_pixels},
     {16, 1, forward_avx512, backward_avx512},
     {8, 1, forward_avx2, backward_avx2},
 #endif
@@ -199,8 +199,8 @@ int gconv_lanes(int variant)
 /* Where the S entries of a mix are, `gc` [O][R][I][S] or `gc_in` [I][R][O][S]. */
 static inline size_t mix_at(const struct layer *l, int term, int o, int i)
 {
-    size_t first = l->planar_first ? i : o, second = l->planar_first ? o : i;
-    return ((first * l->rank + term) * (l->planar_first ? l->out_channels : l->in_channels) + second) * l->order;
+    size_t first = l->spatial_first ? i : o, second = l->spatial_first ? o : i;
+    return ((first * l->rank + term) * (l->spatial_first ? l->out_channels : l->in_channels) + second) * l->order;
 }
 
 /* Of one term of a mix, the S matrices [O][I] one after the other, in `apart`, and from these those of the products. */
@@ -276,13 +276,13 @@ static float *room_for_term(const struct layer *l)
     return malloc(sizeof(float) * pairs * (1 + l->order));
 }
 
-/* The parameters of a layer as the kernels read them: mix as above, spatial [C][R][k k], C that of the planar kernels,
+/* The parameters of a layer as the kernels read them: mix as above, spatial [C][R][k k], C that of the spatial kernels,
  * and bias [O]. Returns 0, or 1 if there is no memory. */
 int gconv_pack(int variant, const struct layer *l, int threads, const float *mix, const float *spatial,
                const float *bias, float *packed)
 {
     int lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, failed = 0;
-    int each = planar_channels(l) / s, row = rounded(planar_channels(l), lanes), outs = l->out_channels;
+    int each = spatial_channels(l) / s, row = rounded(spatial_channels(l), lanes), outs = l->out_channels;
     struct parts p = parts_of(l, lanes, packed);
 #pragma omp parallel for num_threads(threads) if (l->weights > 1 << 16)
     for (int r = 0; r < l->rank; r++) {
@@ -296,8 +296,8 @@ int gconv_pack(int variant, const struct layer *l, int threads, const float *mix
     }
     for (int r = 0; r < l->rank; r++)
         for (int y = 0; y < kk; y++) {
-            float *to = p.planar + (size_t)(r * kk + y) * row;
-            float *back = p.planar_back + (size_t)(r * kk + kk - 1 - y) * row;
+            float *to = p.spatial + (size_t)(r * kk + y) * row;
+            float *back = p.spatial_back + (size_t)(r * kk + kk - 1 - y) * row;
             for (int n = 0; n < s; n++)
                 for (int c = 0; c < each; c++)
                     to[n * each + c] = back[n * each + c] = spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]];
@@ -307,27 +307,27 @@ int gconv_pack(int variant, const struct layer *l, int threads, const float *mix
     return failed;
 }
 
-/* The planes that forward or backward of planes.h takes. */
-static int planes_taken(const struct layer *l, int backward)
+/* The planes that forward or backward of over_pixels.h takes. */
+static int planes_needed(const struct layer *l, int backward)
 {
     int ci = l->order * l->in_channels, co = l->order * l->out_channels;
-    int more = planar_channels(l) * l->rank, most = more > ci ? more : ci;
-    return ci + co + more + (backward ? most : 0) + 2 * SPARE;
+    int made = spatial_channels(l) * l->rank, most = made > ci ? made : ci;
+    return ci + co + made + (backward ? most : 0) + 2 * SPARE;
 }
 
-/* How many rows a band of planes.h has, of `height`: few enough for its planes to stay in the second cache, and alike. */
+/* How many rows a band of over_pixels.h has, of `height`: few enough for its planes to stay in the second cache, and alike. */
 static int band_of(const struct layer *l, int height, int backward)
 {
-    int row = pitch_of(l), most = BAND / planes_taken(l, backward), bands;
+    int row = pitch_of(l), most = BAND / planes_needed(l, backward), bands;
     most = (most - plane_of(l, 0)) / row - l->k + 1;
     bands = most < 1 ? height : (height + most - 1) / most;
     return (height + bands - 1) / bands;
 }
 
-/* More than any function of rows.h or planes.h takes from its scratch. */
+/* More than any function of over_channels.h or over_pixels.h takes from its scratch. */
 static size_t scratch_bytes(const struct layer *l, int rows, int backward)
 {
-    if (rows) return sizeof(float) * floats(planes_taken(l, backward), plane_of(l, rows + l->k - 1));
+    if (rows) return sizeof(float) * floats(planes_needed(l, backward), plane_of(l, rows + l->k - 1));
     size_t row = padded(l->order * l->in_channels * l->rank) + padded(l->order * l->out_channels * l->rank);
     size_t wide = (l->width > l->out_width ? l->width : l->out_width) + 2 * (l->k + l->padding);
     size_t all = 2 * l->k + 8 + (backward ? l->height + 4 * batch_of(l) : 0);
@@ -339,8 +339,8 @@ static size_t borders_bytes(const struct layer *l, int rows, int backward)
 {
     if (rows) return scratch_bytes(l, rows, backward);
     int around = l->width + 2 * l->padding, wide = backward ? l->width + l->k - 1 : around;
-    int channels = planar_channels(l), kept = l->planar_first == backward ? channels * l->rank : channels;
-    size_t image = backward && l->planar_first ? floats(l->height * around, padded(channels)) : 0;
+    int channels = spatial_channels(l), kept = l->spatial_first == backward ? channels * l->rank : channels;
+    size_t image = backward && l->spatial_first ? floats(l->height * around, padded(channels)) : 0;
     return sizeof(float) * (floats(l->k * wide, padded(kept)) + image);
 }
 
@@ -352,10 +352,10 @@ static float *scratch_for(const struct layer *l, int rows, int backward)
     return scratch;
 }
 
-/* y [n][H'][W'][S O] from x [n][H][W][S I]; `more`, if given, is added, and then comes a ReLU if asked. Returns 0, or
+/* y [n][H'][W'][S O] from x [n][H][W][S I]; `residual`, if given, is added, and then comes a ReLU if asked. Returns 0, or
  * 1 if there is no memory. */
 int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *packed, const float *x,
-                  const float *more, int relu, float *y)
+                  const float *residual, int relu, float *y)
 {
     int rows = variants[variant].sums > 1 ? band_of(l, l->out_height, 0) : 0, failed = 0;
     int bands = n < threads ? (threads + n - 1) / n : 1, needed = rows ? (l->out_height + rows - 1) / rows : 1;
@@ -376,7 +376,7 @@ int gconv_forward(int variant, const struct layer *l, int n, int threads, const 
         for (int task = 0; task < n * bands; task++) {
             int image = task / bands, band = task % bands;
             if (scratch)
-                variants[variant].forward(l, &p, x + image * in, more ? more + image * out : NULL, relu,
+                variants[variant].forward(l, &p, x + image * in, residual ? residual + image * out : NULL, relu,
                                           y + image * out, l->out_height * band / bands,
                                           l->out_height * (band + 1) / bands, scratch);
         }
@@ -392,10 +392,10 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
                    const float *gy, float *gx, float *mix, float *spatial, float *bias)
 {
     int failed = 0, lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, outs = l->out_channels;
-    int channels = planar_channels(l), row = rounded(channels, lanes);
+    int channels = spatial_channels(l), row = rounded(channels, lanes);
     size_t in = floats(l->height * l->width, s * l->in_channels), out = floats(l->out_height * l->out_width, s * outs);
     int apart = variants[variant].sums, rows = apart > 1 ? band_of(l, l->height, 1) : 0;
-    size_t products = l->weights + planes_of(l, lanes), each = padded(products * apart + rounded(s * outs, lanes));
+    size_t products = l->weights + spatial_floats(l, lanes), each = padded(products * apart + rounded(s * outs, lanes));
     struct parts p = parts_of(l, lanes, packed);
     p.rows = rows;
     float *sums = aligned_alloc(64, sizeof(float) * each * threads);
@@ -437,7 +437,7 @@ int gconv_backward(int variant, const struct layer *l, int n, int threads, const
         for (int r = 0; r < l->rank; r++)
             for (int n = 0; n < s; n++)
                 for (int y = 0; y < kk; y++) {
-                    int at = l->planar_first ? y : kk - 1 - y; /* the gradients that gc finds are turned by a half */
+                    int at = l->spatial_first ? y : kk - 1 - y; /* the gradients that gc finds are flipped */
                     const float *from = sums + l->weights + (size_t)(r * kk + at) * row + n * (channels / s);
                     for (int c = 0; c < channels / s; c++)
                         spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]] += from[c];
