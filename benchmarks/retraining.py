@@ -29,9 +29,9 @@ from matplotlib.ticker import FormatStrFormatter
 import gconv
 from analysis import convert
 from analysis.fitting.distillation import Distillation, DistilledLoss
+from gconv.experiments import runs as training_runs
 from gconv.experiments import tables
 from gconv.experiments.__main__ import FOLDER
-from gconv.experiments.runs import Run, load_records
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import environment, fit
 
@@ -149,8 +149,8 @@ def load_records() -> list[dict[str, Any]]:
 
 def scratch_records() -> list[dict[str, Any]]:
     """Those of training the same size from scratch, as published."""
-    records = load_records(Path(__file__).parents[1] / FOLDER, DATA)
-    return [r for r in records if r["run"] == Run("gc-p4cnn-small", r["run"].seed, DATA)]
+    records = training_runs.load_records(Path(__file__).parents[1] / FOLDER, DATA)
+    return [r for r in records if r["run"] == training_runs.Run("gc-p4cnn-small", r["run"].seed, DATA)]
 
 
 def _place(record: dict[str, Any]) -> tuple[bool, bool]:

@@ -357,7 +357,7 @@ def test_a_file_that_is_no_record_is_named(capsys, content):
 def test_help_and_wrong_options_do_not_wait_for_torch(argv):
     code = f"""
 import sys
-from gconv.experiments import main
+from gconv.experiments.__main__ import main
 try:
     main({argv})
 finally:
