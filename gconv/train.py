@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=number(int, 1), help="channels (of a ResNet's first stage), default as published")
     p.add_argument("--recipe", metavar="NAME", help="published (default) or modern; the options below change it")
     p.add_argument("--epochs", type=number(int, 0), help="default 50")
-    p.add_argument("--seed", type=number(int, 0, 10**9), help="of initialisation and data order, default 0")
+    p.add_argument("--seed", type=number(int, 0), help="of initialisation and data order, default 0")
     p.add_argument("--batch-size", type=number(int, 2), help="default 256, or all images if they are fewer")
     p.add_argument("--lr", type=number(float, 0, 1e3), help="learning rate, default 0.01")
     p.add_argument("--weight-decay", type=number(float, 0, 1e3), help="default 1e-5")

@@ -1,4 +1,7 @@
-"""Every run draws the same examples and the same random tensors."""
+"""Every run draws the same examples and the same random tensors, and Ctrl-C interrupts in every run."""
+
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,3 +26,13 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sigint_interrupts() -> Iterator[None]:
+    """Even where the suite was started with SIGINT ignored, as a shell starts it in the background."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gconv.system.errors import InputError
-from gconv.system.signals import deaf, interrupt, terminable
+from gconv.system.signals import interrupt, sigint_blocked, sigterm_interrupts
 
 from .runs import Run, perform, record_path
 
@@ -51,7 +51,7 @@ def execute(runs: Iterable[Run], *, records: Path, work: Path, device: str = "au
         resource_tracker.ensure_running()  # or it would be started later, and let SIGINT in
     context = get_context("spawn")  # as forked processes share locks with the threads of PyTorch
     active: dict[Any, tuple[Run, Any]] = {}
-    with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar, terminable():
+    with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar, sigterm_interrupts():
         try:
             while todo or active:
                 while todo and len(active) < jobs:
@@ -59,7 +59,7 @@ def execute(runs: Iterable[Run], *, records: Path, work: Path, device: str = "au
                     run = todo.popleft()
                     arguments = theirs, run, records, work, on.type, jobs
                     process = context.Process(target=_in_process, args=arguments, daemon=True)
-                    with deaf():  # a terminal sends Ctrl-C to all; they are stopped by SIGTERM, and once
+                    with sigint_blocked():  # a terminal sends Ctrl-C to all; they are stopped by SIGTERM, and once
                         process.start()
                     theirs.close()  # so that there is an end of file when the process is gone
                     active[ours] = run, process

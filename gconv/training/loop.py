@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gconv.system.distributed import processes, rank, sum_over_processes
 from gconv.system.errors import InputError, one_of
-from gconv.system.signals import Stop
+from gconv.system.signals import StopRequest
 
 from .augmentation import DRAWS, augment
 from .evaluation import check_split, evaluate
@@ -94,7 +94,7 @@ def fit(
     run = _Fit(model, train, recipe, seed, loss or _cross_entropy(recipe), precision, compiled)
     if resume is not None:
         run.restore(resume)
-    stop = Stop(on_stop is not None and processes() == 1)
+    stop = StopRequest(on_stop is not None and processes() == 1)
     total, done = recipe.epochs * run.steps, run.epoch * run.steps + run.step
     # disable=None: no bar where stderr is not a terminal; one line an epoch is printed there instead.
     silent = label is None or rank() > 0
@@ -107,7 +107,7 @@ def fit(
                 if not math.isfinite(run.last_loss):
                     what = f"{label or 'training'} diverged in epoch {run.epoch + 1}: the loss is {run.last_loss}"
                     raise InputError(f"{what}; try a smaller learning rate")
-                if stop.asked and run.step < run.steps:
+                if stop.received and run.step < run.steps:
                     assert on_stop is not None
                     with run.averaged():
                         on_stop(run.state())
@@ -123,7 +123,7 @@ def fit(
                         f"{label}: epoch {run.epoch}/{recipe.epochs}, {shown}, {row['seconds']:.1f} s", file=sys.stderr
                     )
                 after_epoch(row, run.state())
-            if stop.asked:
+            if stop.received:
                 raise KeyboardInterrupt
         run.keep_average()
     return history

@@ -30,7 +30,6 @@ from gconv.models.cost import cost
 from gconv.models.memory import training_memory
 from gconv.models.zoo import create_model
 from gconv.system.errors import InputError
-from gconv.system.signals import deaf
 from gconv.training import datasets as data
 from gconv.training import loop as training
 from gconv.training import recipe
@@ -256,7 +255,7 @@ def test_runs_are_done_once_each_in_a_process(capsys):
 def test_what_is_recorded_is_not_done_again(monkeypatch):
     perform()
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    monkeypatch.setattr(workers, "deaf", lambda: pytest.fail("it is recorded already"))
+    monkeypatch.setattr(workers, "sigint_blocked", lambda: pytest.fail("it is recorded already"))
     monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("there is nothing to do"))
     execute([TINY, TINY], records=RECORDS, work=WORK, device="cpu")
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
@@ -278,17 +277,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
-def test_ctrl_c_while_a_process_is_started_waits_and_is_not_lost():
-    reached = []
-
-    def start():
-        with deaf():
-            signal.raise_signal(signal.SIGINT)
-            reached.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    assert reached == [True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])

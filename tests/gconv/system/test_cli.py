@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  # so that it is there, as in a notebook
@@ -135,6 +138,57 @@ def test_numbers_within_their_range(kind, low, high, text, value):
     parsed = (number(kind, low) if high is None else number(kind, low, high))(text)
     assert parsed == value
     assert type(parsed) is kind
+
+
+COMMANDS = {
+    "gconv.train": ["rotdigits"],
+    "gconv.experiments.__main__": ["rotmnist"],
+    "gconv.export": ["a.pt"],
+    "gconv.catalog": ["a.pt"],
+    "analysis.decompose": ["a.pt"],
+    "analysis.redundancy": ["a.pt"],
+    "analysis.sweep": ["a.pt"],
+}
+"""The module of every command, and the arguments that it cannot do without."""
+
+
+def whole_number_options(command: str) -> list[str]:
+    """The options of a command that take a whole number, tried one by one."""
+    parser, found = import_module(command).parser(), []
+    for option in sorted(set(re.findall(r"--[a-z][a-z-]*", parser.format_usage()))):
+        try:
+            args = vars(parser.parse_args([*COMMANDS[command], option, "3"]))
+        except SystemExit:  # a switch, or not a number
+            continue
+        value = args[option.removeprefix("--").replace("-", "_")]
+        found += [option] if isinstance(value, int) else []
+    return found
+
+
+@pytest.mark.parametrize("text", ["99999999999999999999999", "9" * 5000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_takes_a_whole_number_that_fits_no_integer(command, text, capsys):
+    """As a seed, it would be a traceback from deep inside."""
+    options = whole_number_options(command)
+    assert options or command in ("gconv.export", "gconv.catalog")
+    capsys.readouterr()
+    for option in options:
+        with pytest.raises(SystemExit) as caught:
+            import_module(command).main([*COMMANDS[command], option, text])
+        assert caught.value.code == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"error: argument {option}: '{text}' is " in err
+
+
+def test_every_command_is_tried():
+    """Also those that are added."""
+    root = Path(__file__).resolve().parents[3]
+    modules = [path for package in ("gconv", "analysis") for path in (root / package).rglob("*.py")]
+    found = {
+        ".".join(path.relative_to(root).with_suffix("").parts) for path in modules if "main_args(" in path.read_text()
+    }
+    assert found - {"gconv.system.cli"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("text", ["0", "10", "1.5", "nan", "", "two", "1e1"])
