@@ -5,9 +5,9 @@ from .conversion.report import ConversionReport as ConversionReport
 from .conversion.report import LayerReport as LayerReport
 from .filters.banks import FilterBank as FilterBank
 from .filters.banks import FilterBanks as FilterBanks
-from .filters.banks import Skipped as Skipped
 from .filters.banks import filter_banks as filter_banks
 from .filters.banks import load_source as load_source
+from .filters.layers import Skipped as Skipped
 from .fitting.bn_recalibration import reestimate_batchnorm as reestimate_batchnorm
 from .fitting.distillation import Distillation as Distillation
 from .measures.spectra import block_energies as block_energies

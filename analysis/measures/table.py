@@ -1,4 +1,4 @@
-"""The redundancy table: every measure of every layer and of the whole network, beside its nulls."""
+"""The redundancy table: every measure of every layer and of the whole network, with its nulls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.filters.banks import FilterBank, FilterBanks, Skipped, filter_banks
+from analysis.filters.banks import FilterBank, FilterBanks, filter_banks
+from analysis.filters.layers import Skipped, notes_of
 from gconv.groups.point_groups import Group
 from gconv.models import checkpoint
 from gconv.system.errors import InputError
@@ -35,32 +37,34 @@ COLUMNS = (*_LAYER_COLUMNS, "measure", "part", "rank", "value", *_NULL_COLUMNS)
 _WHOLE = ("epoch", "depth", "out_channels", "in_channels", "kernel_size", "rank")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Redundancy:
     """A tidy table: one row for each layer, measure, part and rank.
 
     Columns:
         ``epoch`` (only from :func:`redundancy_over_epochs`), ``layer``, ``depth`` (from 0), ``group``, ``kind``,
         ``out_channels``, ``in_channels``, ``kernel_size``, ``residual`` (of the generator, :class:`.FilterBank`);
-        ``measure``; ``part``, the form, unfolding, irrep or group element that it is taken of; ``rank``, where it is
-        one of a spectrum; ``value``; and for the nulls ``init`` and ``shuffled`` each ``_mean``, ``_low`` and
-        ``_high`` (the 95 % interval of a draw) and ``_z`` (:mod:`analysis.measures.null_models`). The rows of the layer
-        ``(network)``
-        are pooled (:func:`analysis.measures.measures.pool`).
+        ``measure``; ``part``, the form, unfolding, irreducible representation or group element to which the measure
+        belongs; ``rank``, if the measure is a spectrum; ``value``; and for each null, ``init`` and ``shuffled``, the
+        columns ``_mean``, ``_low`` and ``_high`` (the 95 % interval of a draw) and ``_z``
+        (:mod:`analysis.measures.null_models`). The rows of the layer ``(network)`` are pooled over the layers
+        (:func:`analysis.measures.measures.pool`).
 
     Measures:
         ``explained_energy``, ``pca_explained_variance`` (parts: forms) and ``hosvd_energy`` (parts: unfoldings), each
         cumulative in the rank; ``effective_rank``, ``stable_rank``, ``rank_90``, ``rank_95``, ``rank_99`` (of forms and
-        unfoldings); ``cosine``, ``invariance`` (parts: the group ``average`` and each element) and ``irrep_energy``,
-        and the same three with ``_turned``, of kernels turned back by their element.
+        unfoldings); ``cosine``, ``invariance`` (parts: the group ``average`` and each element) and ``irrep_energy``.
+        The last three are also given with the suffix ``_turned``, for kernels transformed back by their element.
 
     Attributes:
-        rows: the table; values that are not defined are NaN, entries that do not apply None.
-        skipped: layers that gave no filter bank, each with its name and the reason.
-        inferred: where the source does not say its group, which one was taken and from what; else None.
-        residual: the largest of the layers whose generator was taken back from an expanded filter; None if none was.
-        draws: how many filters each null drew; 0 if there are none.
-        seed: of the nulls.
+        rows: the table. Undefined values are NaN; entries that do not apply are None.
+        skipped: the layers that gave no filter bank, with the reasons.
+        inferred: the group that was inferred and from what, if the source does not say its group; else None.
+        residual: the largest residual of the layers whose generator was recovered from an expanded filter; None if
+            there is no such layer.
+        draws: the number of filters that each null drew; 0 without nulls.
+        seed: the seed of the nulls.
+        assumptions: what the source does not say and was assumed (:class:`.FilterBanks`).
     """
 
     rows: list[dict[str, Any]]
@@ -69,26 +73,42 @@ class Redundancy:
     residual: float | None = None
     draws: int = DRAWS
     seed: int = 0
+    assumptions: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
-        """What a reader has to know beside the numbers: an inferred group, the residual, what was skipped."""
-        notes = [] if self.inferred is None else [self.inferred]
+        """What a reader must know beside the numbers: an inferred group, assumptions, the residual, skipped layers."""
+        notes = [] if self.inferred is None else [f"group inferred: {self.inferred}"]
+        notes += self.assumptions
         if self.residual is not None:
             notes.append(
-                f"generators taken back from expanded filters, relative residual up to {self.residual:.1e}; the null "
-                "init draws free filters, so what a band-limited basis such as escnn's imposes passes for learned"
+                f"generators recovered from expanded filters, relative residual up to {self.residual:.1e}; the null "
+                "init draws unconstrained filters, so what a band-limited basis such as escnn's imposes counts as "
+                "learned"
             )
-        return notes + [f"skipped {layer.name}: {layer.reason}" for layer in self.skipped]
+        return notes + notes_of(self.skipped)
+
+    def _summary(self) -> str:
+        layers = len({row["layer"] for row in self.rows} - {NETWORK})
+        nulls = f"{self.draws} draws per null, seed {self.seed}" if self.draws else "without nulls"
+        return f"{layers} layer{'' if layers == 1 else 's'}, {len(self.rows):,} rows, {nulls}"
+
+    def __repr__(self) -> str:
+        return "\n".join([f"Redundancy: {self._summary()}; to_frame() gives the table", *self.notes])
+
+    def _repr_html_(self) -> str:
+        """The summary, the notes and the table, shortened by pandas, for notebooks."""
+        texts = "".join(f"<p>{escape(text)}</p>" for text in (self._summary(), *self.notes))
+        return texts + self.to_frame().to_html(max_rows=10, show_dimensions=True)
 
     def to_frame(self) -> pd.DataFrame:
-        """The table for pandas; whole numbers that may be absent have its nullable type."""
+        """The table as a pandas frame. Whole numbers that may be absent have pandas' nullable type."""
         columns = COLUMNS if not self.rows or "epoch" not in self.rows[0] else ("epoch", *COLUMNS)
         frame = pd.DataFrame(self.rows, columns=columns)
         return frame.astype({name: "Int64" for name in _WHOLE if name in columns})
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table, whole or not at all; what is absent or not defined is an empty field.
+        """Write the table, completely or not at all. Absent and undefined entries are empty fields.
 
         Raises:
             InputError: the path cannot be written.
@@ -97,11 +117,13 @@ class Redundancy:
             self.to_frame().to_csv(temporary, index=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; what is absent or not defined is None."""
+        """Plain data for JSON. Absent and undefined entries are None."""
         # NaN is the one number that differs from itself.
         rows = [{name: entry if entry == entry else None for name, entry in row.items()} for row in self.rows]
         skipped = [asdict(layer) for layer in self.skipped]
-        about = {name: getattr(self, name) for name in ("draws", "seed", "inferred", "residual", "notes")}
+        about = {
+            name: getattr(self, name) for name in ("draws", "seed", "inferred", "assumptions", "residual", "notes")
+        }
         return {**about, "skipped": skipped, "rows": rows}
 
 
@@ -114,57 +136,65 @@ def redundancy(
 ) -> Redundancy:
     """Measure how redundant the filters of a network are, and how much of that is chance.
 
+    The same source, draws and seed give the same table.
+
     Args:
         source: a network, a state dict or a file of weights, as :func:`analysis.filter_banks` takes it; or a list of
             filter banks.
         group: the group of a network that does not say it.
-        draws: filters that each null draws for every layer; 0 for no nulls. The same source, draws and seed give the
-            same table.
-        seed: of the nulls.
+        draws: the number of filters that each null draws for every layer; 0 for no nulls.
+        seed: the seed of the nulls.
+
+    Returns:
+        The table. It has no rows if the network has no convolution.
 
     Raises:
-        InputError: draws is 1 or negative, the seed is negative, a filter is not finite, or the source cannot be read.
+        InputError: draws is 1 or negative, the seed is negative, a filter is not finite, the source cannot be read, or
+            it has convolutions and none of them can be read.
     """
     if not isinstance(draws, int) or draws < 0 or draws == 1:
-        raise InputError(f"draws is {draws!r}; accepted: a whole number of at least 2, or 0 for no nulls")
+        raise InputError(f"draws is {draws!r}; give a whole number of at least 2, or 0 for no nulls")
     if not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed is {seed!r}; accepted: a whole number of at least 0")
+        raise InputError(f"seed is {seed!r}; give a whole number of at least 0")
     if isinstance(source, list):
         banks = source if isinstance(source, FilterBanks) else FilterBanks(source)
         check_finite({bank.name: bank.weight for bank in banks}, "the list of filter banks")
     else:
         banks = filter_banks(source, group=group)
+    if banks.skipped and not banks:
+        raise InputError(f"none of the convolutions can be measured: {'; '.join(notes_of(banks.skipped))}")
     with _side_by_side() as workers:
         jobs = workers.map(lambda depth: _layer(banks[depth], depth, draws, seed), range(len(banks)))
         layers = list(tqdm(jobs, "measuring", len(banks), leave=False, disable=None, delay=1))
     residual = max((bank.residual for bank in banks if bank.taken_back), default=None)
     rows = [row for depth, bank in enumerate(banks) for row in _rows(_describe(bank, depth), layers[depth])]
-    return Redundancy(rows + _network_rows(banks, layers), banks.skipped, banks.inferred, residual, draws, seed)
+    rows += _network_rows(banks, layers)
+    return Redundancy(rows, banks.skipped, banks.inferred, residual, draws, seed, banks.assumptions)
 
 
 def redundancy_over_epochs(paths: Iterable[str | Path], *, draws: int = DRAWS, seed: int = 0) -> Redundancy:
-    """The tables of several snapshots of one training run as one, with a column ``epoch``.
+    """The tables of several snapshots of one training run as one table, with a column ``epoch``.
 
     Args:
-        paths: checkpoints that ``gconv.train`` wrote: its snapshots, or the finished network.
-        draws: as :func:`redundancy`.
-        seed: as :func:`redundancy`; the same for all, so that the nulls of an epoch are those of the others.
+        paths: checkpoints written by ``gconv.train``: snapshots, or the finished network.
+        draws: as in :func:`redundancy`.
+        seed: as in :func:`redundancy`. All epochs use the same seed, so their nulls are the same.
 
     Returns:
-        Ordered by epoch.
+        One table, sorted by epoch.
 
     Raises:
-        InputError: a file is no checkpoint or its record tells no epoch, two are of the same one, or the networks
-            differ.
+        InputError: a file is not a checkpoint, its record has no epoch, two files are of the same epoch, or the
+            networks differ.
     """
     snapshots: dict[int, tuple[str | Path, FilterBanks]] = {}
     for path in paths:
         read = checkpoint.read(path)
         epoch = read.record.get("epoch", len(read.record.get("history", [])) or None)
         if epoch is None:
-            raise InputError(f"{path} does not tell its epoch; accepted: snapshots and networks of gconv.train")
+            raise InputError(f"the record of {path} has no epoch; give snapshots or networks written by gconv.train")
         if epoch in snapshots:
-            raise InputError(f"{path} and {snapshots[epoch][0]} are both of epoch {epoch}; accepted: one of each")
+            raise InputError(f"{path} and {snapshots[epoch][0]} are both of epoch {epoch}; give one of them")
         snapshots[epoch] = path, filter_banks(read.model)
     ordered = sorted(snapshots.items())
     shapes = [[(bank.name, bank.group, bank.weight.shape) for bank in banks] for _, (_, banks) in ordered]
@@ -177,12 +207,12 @@ def redundancy_over_epochs(paths: Iterable[str | Path], *, draws: int = DRAWS, s
 
 
 def block_redundancy(bank: FilterBank) -> pd.DataFrame:
-    """The measures of each block of one layer by itself, without nulls: which filters are redundant, and which are not.
+    """The measures of each single block of one layer, without nulls: which of its filters are redundant.
 
     Returns:
-        A tidy frame with columns ``measure``, ``part``, ``rank``, ``block``, ``value``. Blocks are those of the form in
-        ``part``: channel pair ``o I + i`` for ``g``, o for ``gc``, i for ``gc_in``. Measures of the group axis are of
-        channel pairs.
+        A tidy frame with the columns ``measure``, ``part``, ``rank``, ``block``, ``value``. A block is one of the form
+        in ``part``: the channel pair ``o I + i`` for ``g``, the output channel o for ``gc``, the input channel i for
+        ``gc_in``. For the measures of the group axis, a block is a channel pair.
     """
     weight = bank.weight
     # A block is a layer with fewer channels, and leading axes are independent layers.
@@ -202,7 +232,7 @@ def block_redundancy(bank: FilterBank) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["measure", "part", "rank", "block", "value"]).astype({"rank": "Int64"})
 
 
-# For the filters themselves, and for those of each null, what `spectra` gives.
+# What `spectra` gives for the trained filters and for the draws of each null.
 _Layer = dict[str, dict[Key, Tensor]]
 
 
@@ -220,13 +250,13 @@ def _spectra(bank: FilterBank, filters: Tensor) -> dict[Key, Tensor]:
 
 
 def _network_rows(banks: Sequence[FilterBank], layers: Sequence[_Layer]) -> list[dict[str, Any]]:
-    """The pooled rows. A layer of zeros has nothing to say in them."""
-    said = [number for number, bank in enumerate(banks) if bank.weight.any()]
-    weights = [banks[number].weight.numel() for number in said]
-    if not said:
+    """The rows pooled over the layers. Layers of zeros are left out, because their shares are undefined."""
+    used = [number for number, bank in enumerate(banks) if bank.weight.any()]
+    weights = [banks[number].weight.numel() for number in used]
+    if not used:
         return []
-    pooled = {kind: pool([layers[number][kind] for number in said], weights) for kind in layers[0]}
-    groups = {banks[number].group.name for number in said}
+    pooled = {kind: pool([layers[number][kind] for number in used], weights) for kind in layers[0]}
+    groups = {banks[number].group.name for number in used}
     about = (NETWORK, None, groups.pop() if len(groups) == 1 else None, "network", None, None, None, None)
     return _rows(dict(zip(_LAYER_COLUMNS, about, strict=True)), pooled)
 
@@ -254,7 +284,7 @@ def _rows(about: dict[str, Any], layer: _Layer) -> list[dict[str, Any]]:
 
 @contextmanager
 def _side_by_side() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as PyTorch has threads, with one thread each: the matrices are too small to be split."""
+    """A pool with as many workers as PyTorch has threads, one thread each: one matrix is too small for several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gconv.groups.point_groups import Group
+from gconv.functional.form_base import Form
+from gconv.functional.forms import FORMS
+from gconv.groups.point_groups import GROUPS, Group
+from gconv.groups.point_groups import group as find_group
 from gconv.models import checkpoint
 from gconv.models.zoo import Model
 from gconv.system.errors import InputError
@@ -24,7 +27,35 @@ _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
-def load_source(path: str | Path) -> Model | dict[str, Tensor]:
+class LayerKind(NamedTuple):
+    """What a state dict says of one of its layers, beside the tensors.
+
+    Attributes:
+        group: the layer's group; None if it is not known.
+        form: the separable form; None if it is not known, or if the layer has none.
+    """
+
+    group: Group | None = None
+    form: Form | None = None
+
+
+UNKNOWN = LayerKind()
+
+
+class StateDict(dict[str, Tensor]):
+    """The tensors of a state dict by name.
+
+    Attributes:
+        layers: by the layers' names, what PyTorch's metadata or a checkpoint says of them. Only this project's layers
+            are there, and none if the state dict was copied into another dictionary or comes from safetensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], layers: Mapping[str, LayerKind]) -> None:
+        super().__init__(tensors)
+        self.layers = dict(layers)
+
+
+def load_source(path: str | Path) -> Model | StateDict:
     """What a file of weights holds: the network of a gconv checkpoint, or the tensors of a bare state dict by name.
 
     Files of ``torch.save`` in either of its formats, read with ``weights_only=True``, and ``.safetensors``. The state
@@ -43,7 +74,7 @@ def load_source(path: str | Path) -> Model | dict[str, Tensor]:
     return plain_state(content, path)
 
 
-def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
+def plain_state(content: Any, source: str | Path) -> StateDict:
     """The dense tensors in a state dict by name, unnested and without the prefixes of wrappers.
 
     Args:
@@ -53,9 +84,11 @@ def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: there are no tensors, or some have NaN or infinite entries.
     """
+    layers = _layer_kinds(content)
     for _ in _NESTS:  # at most so deep: a dictionary may contain itself
         if isinstance(content, Mapping):
             content = next((inner for key in _NESTS if isinstance(inner := content.get(key), Mapping)), content)
+    layers = {**layers, **_layer_kinds(content)}
     if not isinstance(content, Mapping):
         raise InputError(f"{source} holds a {type(content).__name__}; accepted: a state dict, tensors by name")
     state = {str(name): tensor.detach() for name, tensor in content.items() if _is_dense(tensor)}
@@ -65,9 +98,29 @@ def plain_state(content: Any, source: str | Path) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            layers = {name.removeprefix(prefix): kind for name, kind in layers.items()}
     # Floats of 8 bits are no weights yet, and PyTorch cannot always say whether they are finite.
     check_finite({name: tensor for name, tensor in state.items() if tensor.itemsize > 1}, source)
-    return state
+    return StateDict(state, layers)
+
+
+def _layer_kinds(content: Any) -> dict[str, LayerKind]:
+    """What a checkpoint of this project says of its layers, or PyTorch's metadata of a state dict; else nothing."""
+    if isinstance(content, StateDict):
+        return content.layers
+    found = getattr(content, "_metadata", None)
+    if isinstance(content, Mapping) and content.get("format") == checkpoint.FORMAT:
+        found = content.get("layers")
+    if not isinstance(found, Mapping):
+        return {}
+    kinds = {}
+    for name, about in found.items():
+        given = about if isinstance(about, Mapping) else {}
+        group, form = str(given.get("group")), str(given.get("form"))
+        kind = LayerKind(find_group(group) if group in GROUPS else None, FORMS.get(form))
+        if kind != UNKNOWN:
+            kinds[str(name)] = kind
+    return kinds
 
 
 def is_steerable(module: nn.Module) -> bool:

@@ -251,6 +251,20 @@ class GroupConvBase(nn.Module, ABC):
             self._cache = None
         return super().train(mode)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As of any module; PyTorch's metadata, which stands beside the tensors, also gets the layer's group and form.
+
+        The names and shapes of the tensors do not tell them. Loading ignores them, and a reader of bare weights uses
+        them (:func:`gconv.interop.readers.plain_state`).
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {}).update(self._kind())
+
+    def _kind(self) -> dict[str, str]:
+        """The group and, if there is one, the separable form, by their names."""
+        return {"group": self.group.name}
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 

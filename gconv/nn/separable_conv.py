@@ -231,6 +231,9 @@ class SeparableGConv2d(GroupConvBase):
         replaced = {"mix": mix, "spatial": spatial} | ({} if bias is None else {"bias": bias})
         return _copy_into(separable, layer, **replaced)
 
+    def _kind(self) -> dict[str, str]:
+        return {**super()._kind(), "form": self.form.name}
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form.name}, rank={self.rank}, execution={self.execution}"
 

@@ -192,7 +192,7 @@ def test_what_a_form_forces_on_a_layer_does_not_pass_for_learned():
 
 @pytest.mark.parametrize(("draws", "seed"), [(1, 0), (-1, 0), (2.5, 0), (2, -1), (2, "x")])
 def test_draws_and_seed_are_checked(draws, seed):
-    with pytest.raises(InputError, match="accepted: a whole number of at least"):
+    with pytest.raises(InputError, match="give a whole number of at least"):
         redundancy(nn.Conv2d(1, 2, 3), draws=draws, seed=seed)
 
 
@@ -208,7 +208,7 @@ def test_snapshots_must_be_of_one_run(tmp_path):
     save(create_model("p4cnn"), unknown)
     save(create_model("p4cnn", width=3), other, record={"epoch": 7})
     for files, said in (
-        ([SNAPSHOTS[0], unknown], f"{unknown} does not tell its epoch"),
+        ([SNAPSHOTS[0], unknown], f"the record of {unknown} has no epoch"),
         ([SNAPSHOTS[0], SNAPSHOTS[0]], "are both of epoch 0"),
         ([SNAPSHOTS[0], other], f"{other} is not a snapshot of the network in"),
     ):
@@ -251,6 +251,38 @@ def test_no_convolutions_is_said(tmp_path, capsys):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
     assert main([str(tmp_path / "linear.pt")]) == 0
     assert "nothing to measure" in capsys.readouterr().out
+
+
+def test_if_no_convolution_can_be_measured_the_error_says_why(tmp_path, capsys):
+    network = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3), nn.Conv1d(3, 3, 3), nn.Linear(3, 3))
+    with pytest.raises(InputError) as error:
+        redundancy(network)
+    for text in (
+        "none of the convolutions can be measured",
+        "skipped 0, 2: it is a Conv1d",
+        "1: it is a ConvTranspose2d",
+    ):
+        assert text in str(error.value)
+    torch.save(nn.Conv1d(2, 3, 3).state_dict(), tmp_path / "audio.pt")
+    assert main([str(tmp_path / "audio.pt")]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert "1-D convolution" in captured.err
+
+
+def test_what_is_printed_is_short_and_says_what_there_is(trained):
+    text = repr(trained)
+    assert f"7 layers, {len(trained.rows)} rows, " in text
+    assert "20 draws per null, seed 0" in text
+    assert len(text) < 200
+    html = trained._repr_html_()
+    assert "7 layers" in html
+    assert html.count("<tr") < 15
+    audio = redundancy(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv1d(3, 3, 3)), draws=0)
+    assert "1 layer, " in repr(audio)
+    assert "without nulls" in repr(audio)
+    assert "skipped 1: it is a Conv1d" in repr(audio)
+    assert "skipped 1: it is a Conv1d" in audio._repr_html_()
 
 
 @pytest.mark.parametrize(
