@@ -1,10 +1,13 @@
-"""How long a conversion takes and how much memory, and whether the latency that a report states is what is measured.
+"""The time and the memory that a conversion takes, and whether other processes measure the latency of its report.
 
-From the root of the repository, on an otherwise idle machine: ``python -m benchmarks.conversion_speed resnet`` converts
-a p4m-ResNet44 (2.6 million parameters, untrained) by energy, without data and with 512 random images, each in a process
-of its own; ``… latency`` converts the two P4CNNs of ``checkpoints/`` under a latency budget, and has other processes
-load the saved network and measure it against the original, at the speed of the machine that the report is of. Each
-writes its record, ``… table`` prints them.
+From the root of the repository, on an otherwise idle machine:
+
+* ``python -m benchmarks.conversion_speed resnet`` converts a p4m-ResNet44 (2.6 million parameters, untrained) by
+  energy, without data and with 512 random images, each in its own process;
+* ``python -m benchmarks.conversion_speed latency`` converts two P4CNNs of ``checkpoints/`` under a latency budget.
+  Other processes then load the saved network and measure it beside the original, while the machine runs at the speed
+  that it had for the report;
+* ``python -m benchmarks.conversion_speed table`` prints the records that these two write.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from gconv.system.files import atomic_path
 from gconv.training.datasets import Split
 from gconv.training.loop import environment
 
-from .conversion import CHECKPOINTS, WIDE
+from .conversion_runs import CHECKPOINTS, WIDE
 
 RECORDS = Path(__file__).parent / "records" / "conversion-speed"
 ENERGY, IMAGES, SHARE, PROCESSES = 0.8, 512, 0.8, 5
@@ -40,7 +43,7 @@ NARROW = "p4cnn-rotmnist-regen"
 
 
 def resnet(images: int) -> dict[str, Any]:
-    """Seconds and peak memory of one conversion in this process, fitted on so many images."""
+    """Seconds and peak memory in bytes of one conversion in this process, fitted on this number of images."""
     torch.manual_seed(0)
     model = gconv.create_model("p4m-resnet44").eval()
     data = Split(torch.randn(images, 3, 32, 32), torch.arange(images) % 10) if images else None
@@ -57,7 +60,7 @@ def resnet(images: int) -> dict[str, Any]:
 
 
 def converted(name: str, folder: str) -> dict[str, Any]:
-    """Convert a shipped network under the latency budget, save it, and have it measured by other processes."""
+    """Convert a shipped network under the latency budget, save it, and let other processes measure it."""
     original, file = CHECKPOINTS / f"{name}.pt", Path(folder) / f"{name}.pt"
     model = gconv.load(original).eval()
 
@@ -83,9 +86,10 @@ def converted(name: str, folder: str) -> dict[str, Any]:
 
 
 def measure(original: str, file: str, known: str) -> dict[str, Any]:
-    """The latency of both networks in this process, when the original takes what it is known to take.
+    """The latency of both networks in this process, when the original takes the milliseconds ``known`` or nearly so.
 
-    The machine may run at another speed for many seconds; after half a minute the time nearest to that is taken.
+    The machine may run at another speed for many seconds. After half a minute the measurement is taken in which the
+    original's time was nearest to ``known``.
     """
     before, after = gconv.load(original).eval(), gconv.load(file).eval()
     images = random_images(before, before.input_shape, 0)
@@ -104,14 +108,14 @@ def measure(original: str, file: str, known: str) -> dict[str, Any]:
 
 
 def _in_process(*arguments: str) -> dict[str, Any]:
-    """What this module prints for these arguments in a process of its own."""
+    """The document that this module prints for these arguments in a new process."""
     command = [sys.executable, "-m", "benchmarks.conversion_speed", *arguments]
     document: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return document
 
 
 def table() -> str:
-    """Both records as Markdown: times of the ResNet, and reported against measured latency."""
+    """Both records as Markdown: the conversion of the ResNet, and reported beside measured latency."""
     times = [
         {
             "images": str(row["images"]),
@@ -138,13 +142,13 @@ def table() -> str:
 
 
 def _share(pair: Sequence[float]) -> float:
-    """The time of the converted network relative to the original's, which was measured in turn with it."""
+    """The time of the converted network relative to that of the original, with which it took turns."""
     before, after = pair
     return after / before
 
 
 def _deviation(row: dict[str, Any], of: Callable[[Sequence[float]], float]) -> float:
-    """How far the median of what other processes measured is from the report, relative to it."""
+    """The relative deviation from the report of the median over the other processes."""
     return statistics.median(of(pair) for pair in row["measured"]) / of(row["reported"]) - 1
 
 

@@ -1,10 +1,10 @@
-"""What was tried to bring the smallest network back to its original in ten epochs, and how far more epochs would.
+"""Ways to bring the smallest network back to the error of its original: other recipes, and more epochs.
 
 From the root of the repository: ``python -m benchmarks.finetuning run`` does every run of ``RUNS`` that has no record
-yet (so it can be stopped and continued; some minutes each), and ``… table`` prints their table. All are of the P4CNN on
-rotmnist-regen, converted to the form ``gc_in`` at rank 1 (3,420 parameters) and fine-tuned with the original network
-as teacher; the runs differ in how. Scored are the 2,000 validation images alone: by the error, which is coarse, and by
-what is finer, the divergence of the class scores from the teacher's. The test set is not looked at.
+yet. It can be stopped and continued; a run takes some minutes. ``python -m benchmarks.finetuning table`` prints the
+table. In every run the P4CNN for rotmnist-regen is converted to the form ``gc_in`` at rank 1 (3,420 parameters) and
+fine-tuned with the original network as teacher. Only the 2,000 validation images are scored, by the error, which is
+coarse, and by the divergence of the class scores from the teacher's, which is finer. The test set is not used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from gconv.training.datasets import Dataset
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import environment, fit
 
-from .conversion import CHECKPOINTS, EPOCHS, HELD_OUT
-from .records import complete
+from .conversion_runs import CHECKPOINTS, EPOCHS, HELD_OUT, run_by_default
+from .recording import complete
 
 RECORDS = Path(__file__).parent / "records" / "finetuning"
 WORK = Path("out") / "finetuning"
@@ -45,12 +45,12 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "averaged, teacher alone": ({"averaging": 0.995}, {"weight": 1.0, "temperature": 2.0}),
     "from gc": ({}, {}),
 }
-"""Changes of the recipe and of the distillation."""
+"""By the name of the way: what it changes in the recipe, and in the distillation."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: the seed of the original, the way by its name in ``WAYS``, and epochs."""
+    """One fine-tuning: the seed of the original, the name of the way in ``WAYS``, and the epochs."""
 
     seed: int
     way: str = "default"
@@ -58,12 +58,12 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Where its record lies."""
+        """The file of its record."""
         return RECORDS / f"{self.way.replace(',', '').replace(' ', '-')}_{self.epochs}epochs_seed{self.seed}.json"
 
     @property
     def form(self) -> str:
-        """What the network is converted to, at rank 1."""
+        """The form that the network is converted to, at rank 1."""
         return "gc" if self.way == "from gc" else "gc_in"
 
 
@@ -75,11 +75,11 @@ RUNS = (
 
 
 def record(run: Run) -> dict[str, Any]:
-    """Fine-tune the converted network, and score it on validation images."""
+    """Fine-tune the converted network, and score it on the validation images before and after."""
     source = gconv.read(CHECKPOINTS / f"{HELD_OUT[run.seed]}.pt")
     teacher, data = source.model.eval(), gconv.load_dataset(source.record["dataset"])
     student = _converted(run, teacher, data)
-    begun = _scores(student, teacher, data)
+    converted = _scores(student, teacher, data)
     changes, distilling = WAYS[run.way]
     recipe = replace(finetuning_recipe(run.epochs, len(data.train.labels)), **changes)
     distillation = Distillation(**distilling)
@@ -92,7 +92,7 @@ def record(run: Run) -> dict[str, Any]:
         "recipe": {**recipe.to_dict(), "distillation": asdict(distillation)},
         "parameters": gconv.cost(student, student.input_shape).parameters,
         "original": {"validation_error": evaluate(teacher, data.validation).error},
-        "converted": begun,
+        "converted": converted,
         "finetuned": _scores(student, teacher, data),
         "history": history,
         "environment": environment(torch.device("cpu")),
@@ -100,15 +100,13 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def _converted(run: Run, teacher: gconv.Model, data: Dataset) -> gconv.Model:
-    """The network that fine-tuning starts from: converted once and kept, as all runs share it."""
+    """The network that fine-tuning starts from. It is converted once and kept, as several runs start from it."""
     kept = WORK / f"{run.form}_seed{run.seed}.pt"
     if not kept.exists():
         small, _ = convert(teacher, run.form, rank=1, data=data.train)
         gconv.save(small, kept)
     small = gconv.load(kept)
-    for layer in small.modules():
-        if isinstance(layer, gconv.SeparableGConv2d):
-            layer.execution = layer.form.default_execution  # not by measured time: a record should not depend on it
+    run_by_default(small)
     return small
 
 
@@ -125,12 +123,12 @@ def _scores(student: nn.Module, teacher: nn.Module, data: Dataset) -> dict[str, 
 
 
 def load_records() -> list[dict[str, Any]]:
-    """All records of :data:`RUNS` that there are."""
+    """The records there are, in the order of :data:`RUNS`."""
     return [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
 
 
 def table() -> str:
-    """One line a run, by way, epochs and seed, as Markdown."""
+    """One line for each run, ordered by way, epochs and seed, as Markdown."""
     ways = list(WAYS)
     records = sorted(load_records(), key=lambda r: (ways.index(r["run"]["way"]), r["run"]["epochs"], r["run"]["seed"]))
     return tables.as_markdown(
@@ -151,20 +149,17 @@ def table() -> str:
 
 
 def plot() -> Figure:
-    """Validation error and divergence against epochs, of the default way; the original's error beside it."""
+    """Validation error and divergence of the default way against epochs, beside the error of the original."""
     records = [r for r in load_records() if r["run"]["way"] == "default" and r["run"]["seed"] == 0]
     records.sort(key=lambda r: r["run"]["epochs"])
     epochs = [record["run"]["epochs"] for record in records]
     colour = sns.color_palette("colorblind")[0]
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, key, name in zip(
-        axes, ("validation_error", "divergence"), ("validation error (%)", "divergence from the original (nats)"),
-        strict=True,
-    ):  # fmt: skip
-        axis.plot(
-            epochs, [record["finetuned"][key] for record in records], "o-", color=colour, label="3,420 parameters"
-        )
+    shown = {"validation_error": "validation error (%)", "divergence": "divergence from the original (nats)"}
+    for axis, (key, name) in zip(axes, shown.items(), strict=True):
+        values = [record["finetuned"][key] for record in records]
+        axis.plot(epochs, values, "o-", color=colour, label="3,420 parameters")
         axis.set(xscale="log", xlabel="epochs of fine-tuning", ylabel=name, xticks=epochs, xticklabels=epochs)
         axis.xaxis.set_minor_locator(NullLocator())
     original = [record["original"]["validation_error"] for record in records[:1]]

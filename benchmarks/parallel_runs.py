@@ -1,8 +1,8 @@
-"""As many training runs at once as cores, one thread each, against one after the other on all cores.
+"""Training runs at the same time, one thread each, compared with the same runs one after the other on all cores.
 
-From the root of the repository: ``python -m benchmarks.parallel_runs [--json OUT]``. The runs are those of
-:mod:`gconv.experiments`, P4CNN on rotdigits from as many seeds as there are cores; the two ways take turns. Compared
-are the seconds that training took: the longest of the runs at once, against the sum over the others.
+From the root of the repository: ``python -m benchmarks.parallel_runs [--json OUT]``. A run trains P4CNN on rotdigits as
+:mod:`gconv.experiments` does; there is one for each core, each with its own seed. The two ways take turns. Compared are
+the seconds of training: the longest of the runs at the same time, and the sum of those one after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gconv.training.loop import environment
 
 
 def seconds(runs: Sequence[Run], jobs: int) -> list[float]:
-    """What each run's training takes, ``jobs`` of them at once."""
+    """The seconds that each run spends in training when ``jobs`` of them run at the same time."""
     with tempfile.TemporaryDirectory() as folder:
         execute(runs, records=Path(folder, "records"), work=Path(folder, "work"), device="cpu", jobs=jobs)
         return [record["seconds"]["training"] for record in load_records(Path(folder, "records"), runs[0].data)]
@@ -32,11 +32,13 @@ def seconds(runs: Sequence[Run], jobs: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     p = Parser(
         "python -m benchmarks.parallel_runs",
-        "Compare training runs at once, one thread each, with the same runs one after the other on all cores.",
+        "Compare training runs at the same time, one thread each, with the same runs one after the other on all cores.",
         "  python -m benchmarks.parallel_runs --epochs 10",
     )
     p.add_argument("--epochs", type=number(int, 1), default=5, help="of every run, default 5")
-    p.add_argument("--rounds", type=number(int, 1), default=3, help="turns of both ways, default 3")
+    p.add_argument(
+        "--rounds", type=number(int, 1), default=3, help="how often each of the two ways is measured, default 3"
+    )
     p.add_argument("--json", metavar="OUT", help="also write the record here")
     args = p.parse_args(argv)
     if args.json:

@@ -1,8 +1,8 @@
-"""What plain conversion costs: a trained P4CNN, truncated by SVD, with and without re-estimating batch norm.
+"""What a plain SVD costs in accuracy: a trained P4CNN, truncated, before and after batch norm is re-estimated.
 
-From the root of the repository: ``python -m benchmarks.plain_conversion run`` converts the checkpoint below at every
-form and rank and keeps the reports (where there is one, that is skipped), and ``… table`` prints README.md's table.
-A run needs the data set rotmnist-regen and a few minutes for each row.
+From the root of the repository: ``python -m benchmarks.plain_conversion run`` converts the checkpoint below to each of
+``RUNS`` that has no report yet, and keeps the report. ``python -m benchmarks.plain_conversion table`` prints the table
+that the documentation shows. A run needs the data set rotmnist-regen and takes a few minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def record(form: str, rank: int) -> None:
 
 
 def table() -> str:
-    """The records as a Markdown table, in the order of ``RUNS``."""
+    """The reports as a Markdown table, in the order of ``RUNS``."""
     lines = ["| form, rank | parameters | MACs, published | test error: before | converted | batch norm re-estimated |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for form, rank in RUNS:

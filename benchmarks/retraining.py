@@ -1,13 +1,13 @@
-"""Convert and retrain against training from scratch: one size, one recipe, one number of epochs in all.
+"""Convert and retrain, compared with training from scratch: the same size, recipe and total number of epochs.
 
 From the root of the repository: ``python -m benchmarks.retraining run`` does every run of ``RUNS`` that has no record
-yet (so it can be stopped and continued; hours on two cores), and ``… table`` prints their table. Each run trains a full
-P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420 parameters, and retrains that by the same
-recipe for the other half; from scratch, a network of the same form and size is trained for all 50, and one of the form
-``gc``, which has the same size too, by ``python -m gconv.experiments rotmnist``.
-With a weight of ``separability``, the full network is trained under the penalty of
-:mod:`gconv.training.regularization`. All on the
-train and validation images, as nothing is chosen; test errors are read off once per stage.
+yet. It can be stopped and continued, and takes hours on two cores. ``python -m benchmarks.retraining table`` prints the
+table. A run trains a full P4CNN by the published recipe for half of its 50 epochs, converts it to 3,420 parameters, and
+retrains that network by the same recipe for the other half. From scratch, a network of the same form and size is
+trained for all 50 epochs; one of the form ``gc``, which has the same size, comes from ``python -m gconv.experiments
+rotmnist``. With a weight of ``separability``, the full network is trained under the penalty of
+:mod:`gconv.training.regularization`. All runs train on the train and validation images, as nothing is chosen. The test
+error is computed once for each stage.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ from matplotlib.ticker import FormatStrFormatter
 import gconv
 from analysis import convert
 from analysis.fitting.distillation import Distillation, DistilledLoss
-from gconv.experiments import runs as training_runs
-from gconv.experiments import tables
-from gconv.experiments.__main__ import FOLDER
+from gconv.experiments import runs, tables
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import environment, fit
 
-from .records import command
+from .recording import command
 
 PROG = "python -m benchmarks.retraining"
 RECORDS = Path(__file__).parent / "records" / "retraining"
@@ -50,10 +48,10 @@ class Run:
     """One network.
 
     Attributes:
-        seed: of everything that is drawn.
+        seed: of all random numbers.
         separability: the weight of the penalty on the full network.
-        distilled: whether that teaches the small one.
-        scratch: no full network, the small one for all epochs.
+        distilled: whether the full network is the teacher of the small one.
+        scratch: whether the small network is trained for all epochs, without a full one.
     """
 
     seed: int
@@ -63,7 +61,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Where its record lies."""
+        """The file of its record."""
         if self.scratch:
             return RECORDS / f"{FORM}_scratch_seed{self.seed}.json"
         taught = "_distilled" if self.distilled else ""
@@ -87,7 +85,7 @@ RUNS = (
 
 
 def record(run: Run) -> dict[str, Any]:
-    """Train the full network, or take it from an earlier run; convert, retrain, and score every stage."""
+    """Train the full network or take it from an earlier run, convert it, retrain it, and score it after each stage."""
     data = gconv.load_dataset(DATA)
     images = data.train_and_validation
     if run.scratch:
@@ -110,7 +108,7 @@ def record(run: Run) -> dict[str, Any]:
     stages = {"full": evaluate(full, data.test).error}
     stages |= {stage: report.accuracy[stage] for stage in ("converted", "batch_norm")}
     loss = DistilledLoss(small, full, [], Distillation()) if run.distilled else None
-    # Another order of images than the full network saw.
+    # With another seed, the images come in another order than the full network saw them in.
     history = {
         "full": source.record["history"],
         "retraining": fit(small, images, recipe, seed=run.seed + 1000, loss=loss, label="retraining"),
@@ -143,23 +141,23 @@ def _described(
 
 
 def load_records() -> list[dict[str, Any]]:
-    """All records of :data:`RUNS` that there are."""
+    """The records there are, in the order of :data:`RUNS`."""
     return [json.loads(run.path.read_text(encoding="utf-8")) for run in RUNS if run.path.exists()]
 
 
 def scratch_records() -> list[dict[str, Any]]:
-    """Those of training the same size from scratch, as published."""
-    records = training_runs.load_records(Path(__file__).parents[1] / FOLDER, DATA)
-    return [r for r in records if r["run"] == training_runs.Run("gc-p4cnn-small", r["run"].seed, DATA)]
+    """The records of training a network of this size from scratch by the published recipe."""
+    records = runs.load_records(Path(__file__).parents[1] / "checkpoints" / "records", DATA)
+    return [r for r in records if r["run"] == runs.Run("gc-p4cnn-small", r["run"].seed, DATA)]
 
 
 def _place(record: dict[str, Any]) -> tuple[bool, bool]:
-    """Where it stands in the table: converted ones first, those with a teacher behind the others."""
+    """Its place in the table: converted networks first, and of these the ones with a teacher last."""
     return bool(record["run"].get("scratch")), record["run"]["distilled"]
 
 
 def ways() -> dict[str, list[dict[str, Any]]]:
-    """The records by how the network was trained, over seeds."""
+    """The records by the way the network was trained; each way has one record for each seed."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in sorted(load_records(), key=_place):
         how = f"{EPOCHS} epochs in full, {EPOCHS} converted"
@@ -178,7 +176,7 @@ def _from_scratch(form: str) -> str:
 
 
 def table() -> str:
-    """The runs over seeds, and training from scratch, as Markdown."""
+    """One row for each way, with means over seeds, as Markdown."""
 
     def row(how: str, own: list[dict[str, Any]], errors: dict[str, list[float]]) -> dict[str, str]:
         return {
@@ -201,7 +199,7 @@ def table() -> str:
 
 
 def plot() -> Figure:
-    """Training error by epoch over both halves, and test error at the end; a colour for each way, one line a seed."""
+    """Training error by epoch, and test error at the end: one colour for each way, one line for each seed."""
     with sns.axes_style("whitegrid"):
         figure, (curves, ends) = plt.subplots(
             1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained", gridspec_kw={"wspace": 0.05}
@@ -222,7 +220,7 @@ def plot() -> Figure:
         ends.plot(statistics.mean(ended[how]), row, "|", color="0.2", ms=16)
     curves.axvline(EPOCHS + 0.5, color="0.4", ls=":")
     curves.set(xlabel="epoch", ylabel="training error (%)", ylim=(0, None))
-    curves.set_yscale("symlog", linthresh=0.01)  # zero is reached
+    curves.set_yscale("symlog", linthresh=0.01)  # the error reaches zero, which a logarithmic scale cannot show
     curves.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     ends.set(
         yticks=range(len(shown)), yticklabels=[], ylim=(len(shown) - 0.5, -0.5), xlabel="test error at the end (%)"

@@ -82,7 +82,7 @@ def records(small, monkeypatch):
         "history": [{"train_error": 3.0}, {"train_error": 2.0}],
     }  # fmt: skip
     other = {**own, "run": Scratch("gc-p4cnn-small", 0, images=120), "test_error": 50.0}
-    monkeypatch.setattr(retraining.experiments, "load_records", lambda folder, data: [own, other])
+    monkeypatch.setattr(retraining.runs, "load_records", lambda folder, data: [own, other])
 
 
 def test_the_table_has_a_row_for_each_way_and_those_from_scratch(records):

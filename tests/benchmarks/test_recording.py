@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import command, complete
+from benchmarks.recording import command, complete
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def test_the_command_prints_the_table(runs, capsys):
     [
         ([], "the following arguments are required: run | table"),
         (["runs"], "unknown action 'runs'; accepted: run, table"),
-        (["run", "seed2"], "no record of prog has 'seed2' in its name"),
+        (["run", "seed2"], "no run of prog has 'seed2' in the name of its record; leave it out to do all"),
         (["run", "a", "b"], "unrecognized arguments: b"),
-        (["table", "b"], "table is of all records; leave out 'b'"),
+        (["table", "b"], "table shows all records; leave out 'b'"),
         (["table", "--csv"], "unrecognized arguments: --csv"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Runs that leave one JSON record each: those without one are done, so a benchmark can be stopped and continued."""
+"""Benchmarks whose runs leave one JSON record each.
+
+Only runs without a record are done, so such a benchmark can be stopped and continued.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from gconv.system.memory import reuse_freed_memory
 
 
 class Recorded(Protocol):
-    """A run that knows where its record lies."""
+    """A run that knows the path of its record."""
 
     @property
     def path(self) -> Path: ...
@@ -25,7 +28,13 @@ _Run = TypeVar("_Run", bound=Recorded)
 
 
 def complete(runs: Iterable[_Run], record: Callable[[_Run], dict[str, Any]], shown: str) -> None:
-    """Do every run that has no record yet and write it down; what is under the key ``shown`` goes to the screen."""
+    """Do every run that has no record yet, and write its record.
+
+    Args:
+        runs: the runs, in the order in which they are done.
+        record: does one run and returns its record, as plain data with a key ``parameters``.
+        shown: the key of the record that is printed, beside the parameters.
+    """
     for run in runs:
         if run.path.exists():
             continue
@@ -45,14 +54,20 @@ def command(
     shown: str,
     table: Callable[[], str],
 ) -> int:
-    """What the command line of such a benchmark does: ``run``, all or those with a part of a name, or ``table``."""
+    """The command line of such a benchmark; returns its exit code.
+
+    ``run`` does all runs without a record, or of these the ones with a given part in their record's name. ``table``
+    prints the table of the records. The arguments are those of :func:`complete`.
+    """
     p = Parser(
         prog,
         "Do the runs that have no record yet, or print the table of those that have.",
         f"  {prog} run seed0\n  {prog} table",
     )
     p.add_argument("action", metavar="run | table")
-    p.add_argument("part", nargs="?", metavar="PART", help="run only those whose record has this in its name")
+    p.add_argument(
+        "part", nargs="?", metavar="PART", help="do only the runs that have this part in the name of their record"
+    )
     args = p.parse_args(argv)
 
     def act() -> None:
@@ -61,11 +76,13 @@ def command(
         if args.action == "run":
             wanted = [run for run in runs if args.part is None or args.part in run.path.name]
             if not wanted:
-                raise InputError(f"no record of {prog} has {args.part!r} in its name")
+                raise InputError(
+                    f"no run of {prog} has {args.part!r} in the name of its record; leave it out to do all"
+                )
             reuse_freed_memory()
             complete(wanted, record, shown)
         elif args.part is not None:
-            raise InputError(f"table is of all records; leave out {args.part!r}")
+            raise InputError(f"table shows all records; leave out {args.part!r}")
         else:
             print(table())
 
