@@ -1,7 +1,8 @@
 """Speed of layers and networks, beside the dense limit and other libraries: ``python -m benchmarks.speed``.
 
-Each section is measured in one process, all of it in turns, and leaves one JSON record; sections with a record are
-done, so it can be stopped and continued. ``table`` and ``figure`` make what README.md shows from the records.
+Each section is measured in one process, in which everything takes turns, and leaves one JSON record. Sections with a
+record are not measured again, so the command can be stopped and continued. ``table`` and ``figure`` make the tables and
+the figure of the documentation from the records.
 """
 
 from __future__ import annotations
@@ -42,27 +43,26 @@ def parser() -> Parser:
     p.add_argument(
         "do", nargs="?", default="run", choices=["run", "table", "figure"], help="run (default), table, figure"
     )
-    p.add_argument("--only", metavar="SECTION,…", help=f"of {', '.join(SECTIONS)}; default all")
+    p.add_argument("--only", metavar="SECTION,…", help=f"only these sections, of {', '.join(SECTIONS)}; default all")
     p.add_argument(
-        "--full", action="store_true", help="more widths, networks and turns, half an hour; a table of every network"
+        "--full",
+        action="store_true",
+        help="for run, more widths, networks and turns, half an hour; for table, times of every network",
     )
     p.add_argument(
-        "--out", metavar="DIR", default=RESULTS, type=Path, help="where records lie; default benchmarks/results"
+        "--out", metavar="DIR", default=RESULTS, type=Path, help="the folder of the records; default benchmarks/results"
     )
-    p.add_argument("--force", action="store_true", help="measure again what has a record")
+    p.add_argument("--force", action="store_true", help="measure sections that have a record again")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the sections without a record; or print the table, or draw the figure."""
+    """Measure the sections without a record, print the tables, or draw the figure; returns the exit code."""
     args = parser().parse_args(argv)
     if args.do != "run":
-        from . import speed_report
+        from . import speed_figure, speed_report  # here, so that a process that measures does not load matplotlib
 
-        if args.do == "table":
-            print(speed_report.table(args.out, every=args.full))
-        else:
-            print(speed_report.draw(args.out))
+        print(speed_report.table(args.out, every=args.full) if args.do == "table" else speed_figure.draw(args.out))
         return 0
     names = list(SECTIONS) if args.only is None else args.only.split(",")
     for name in names:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         rows = SECTIONS[name](args.full)
         if not rows:
-            continue  # nothing to measure here, such as a GPU
+            continue  # this machine lacks what the section measures, such as a GPU
         record = {"section": name, "full": args.full, "machine": described(), "rows": rows}
         with atomic_path(path) as temporary:
             Path(temporary).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Converted networks beside their originals: random conversions of shipped checkpoints, none of which may be slower.
+"""Converted networks beside their originals: random conversions of the shipped checkpoints with full filters.
 
-Of those with full filters: what conversion is for.
+No converted network may be slower than its original.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COUNT = 20
 
 
 def draw(count: int, seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
-    """Checkpoints of group networks and budgets, at random; every budget can be met whatever the layers are."""
+    """Random pairs of a checkpoint and a request to :func:`analysis.convert`, whose budget can always be met."""
     rng = random.Random(seed)
     names = sorted(path.name for path in CHECKPOINTS.glob("*.pt") if path.name.startswith("p4"))
     drawn = []
@@ -36,9 +36,10 @@ def draw(count: int, seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
 
 
 def measure(full: bool) -> list[dict[str, Any]]:
-    """Rows of original and converted networks in eval mode, on the batch that layers are measured with.
+    """Rows of original and converted networks in eval mode, at the batch size at which conversion measures layers.
 
-    A copy of the original takes its turns with them: how far its time is from the original's is what is not told apart.
+    A copy of the original takes turns with them. The difference between its time and the original's shows how small a
+    difference can be measured.
     """
     rows = []
     for number, (name, request) in enumerate(draw(COUNT)):

@@ -1,4 +1,4 @@
-"""The networks on a GPU, if there is one: single precision, TF32 and bfloat16, both memory formats, and CUDA graphs."""
+"""The networks on a GPU, if there is one: in single precision, TF32 and bfloat16, with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def measure(full: bool) -> list[dict[str, Any]]:
-    """Rows of inference and of a forward and a backward pass; none without a GPU."""
+    """Rows of inference, and of a forward and a backward pass; no rows without a GPU."""
     if not torch.cuda.is_available():
         return []
     rows = []
@@ -49,7 +49,7 @@ def measure(full: bool) -> list[dict[str, Any]]:
 
 
 def passes(network: nn.Module, images: Tensor, direction: str, precision: str) -> Callable[[], object]:
-    """One pass, in that precision."""
+    """A function that does one pass in that precision."""
     training = direction != "inference"
     network.train(training)
 
@@ -58,14 +58,14 @@ def passes(network: nn.Module, images: Tensor, direction: str, precision: str) -
         with torch.set_grad_enabled(training), lower:
             scores = network(images)
         if training:
-            network.zero_grad(set_to_none=False)  # gradients stay where a graph has recorded them
+            network.zero_grad(set_to_none=False)  # a CUDA graph needs gradients at the same addresses
             scores.float().square().mean().backward()
 
     return run
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The pass recorded once and replayed."""
+    """A function that replays the pass, which is recorded once as a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -78,7 +78,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def finished(run: Callable[[], object]) -> Callable[[], object]:
-    """The pass with the wait until the GPU is done."""
+    """A function that does the pass and waits until the GPU has finished it."""
 
     def both() -> None:
         run()

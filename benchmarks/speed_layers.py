@@ -13,11 +13,11 @@ from gconv.functional.expansion import channels_last, from_group_major
 
 from .timing import interleaved
 
-# Width and side of the maps; the first are measured always.
+# Width and side of the maps. Those of MORE are measured with --full only.
 CASES = {"p4": [(10, 8), (10, 32), (64, 16)], "p4m": [(28, 8), (28, 32), (64, 16), (128, 8)]}
 MORE = {"p4": [(10, 16), (30, 16), (64, 8), (64, 32), (128, 16)], "p4m": [(10, 16), (64, 8), (64, 32), (128, 16)]}
 VALUES, IMAGES = 1 << 21, 64
-"""At most as many values as the maps of a batch have, and images."""
+"""The most values that the maps of a batch have, and the most images."""
 
 
 def layer(kind: str, group: str, width: int) -> nn.Module:
@@ -30,7 +30,10 @@ def layer(kind: str, group: str, width: int) -> nn.Module:
 
 
 def measure(group: str, full: bool) -> list[dict[str, Any]]:
-    """Each kind, forward in eval mode and forward with backward, at each size; MACs are per output position."""
+    """Rows of each kind at each size: forward in eval mode, and forward with backward.
+
+    MACs are for one position of the output.
+    """
     torch.manual_seed(0)
     rows = []
     order = gconv.group(group).order
@@ -38,7 +41,7 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
         batch = max(1, min(IMAGES, VALUES // (width * order * side * side)))
         maps = channels_last(torch.randn(batch, width * order, side, side))
         images = channels_last(torch.randn(batch, 3, side, side))
-        grouped = from_group_major(maps, order)  # as the layer before gives them
+        grouped = from_group_major(maps, order)  # in the memory format that the layer before returns
         kinds = ("lifting", "full", *gconv.FORMS)
         networks = {kind: layer(kind, group, width) for kind in kinds}
         macs: dict[str, int] = {kind: sum(networks[kind].macs()) for kind in kinds}  # type: ignore[operator, misc]
@@ -48,7 +51,7 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
             networks[name] = nn.Conv2d(width * order, width * order, 3, padding=1).to(memory_format=format)
             macs[name] = (width * order) ** 2 * 9
         inputs = {name: plain.get(name, images if name == "lifting" else grouped) for name in networks}
-        turns = (31 if full else 15) * (3 if width * order < 64 else 1)  # narrow layers suffer most from a busy machine
+        turns = (31 if full else 15) * (3 if width * order < 64 else 1)  # times of narrow layers vary most
         for direction in ("forward", "forward and backward"):
             runs = {name: _run(network, inputs[name], direction) for name, network in networks.items()}
             with torch.inference_mode(direction == "forward"):
@@ -62,11 +65,12 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
 
 
 def _run(network: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
+    """A function that does one pass."""
     if direction == "forward":
         network.eval()
         return lambda: network(x)
     network.train()
-    # Within a network the gradient of the input is needed, but for the first layer.
+    # Within a network all layers but the first compute the gradient of their input.
     x = x.detach().clone().requires_grad_(x.shape[1] != 3)
 
     def step() -> None:

@@ -20,26 +20,26 @@ LIMITS = ("dense", "dense, channels-last")
 
 
 def twin(like: gconv.Model, kit: Kit) -> nn.Module:
-    """The network of the same widths with the layers of a kit."""
+    """The network of the same widths with the layers of this kit."""
     widths, order = like.spec.widths, gconv.group(like.spec.group).order
     return TwinCNN(kit, *widths) if len(widths) == 1 else TwinResNet(kit, widths, order)
 
 
 def limits(like: gconv.Model) -> dict[str, nn.Module]:
-    """Ordinary networks of the expanded width, in both memory formats."""
+    """The dense limits: ordinary networks of the expanded width, in both memory formats."""
     order = gconv.group(like.spec.group).order
     return {name: twin(like, Plain(order, channels_last=name != LIMITS[0])) for name in LIMITS}
 
 
 def peers(like: gconv.Model) -> dict[str, nn.Module]:
-    """The same network as other libraries have it."""
+    """The same network with the layers of other libraries."""
     on = like.spec.group
     found = {"lists": twin(like, Lists(on))}
     return found | ({"escnn": twin(like, Escnn(on))} if has_escnn() else {})
 
 
 def exported(networks: dict[str, nn.Module], order: int) -> dict[str, nn.Module]:
-    """In eval mode, with what there is for inference only: fused, and exported to ordinary layers."""
+    """The networks in eval mode, and their versions for inference: fused, and exported to ordinary layers."""
     networks = {name: network.eval() for name, network in networks.items()}
     more: dict[str, nn.Module] = {}
     for name, network in networks.items():
@@ -52,7 +52,7 @@ def exported(networks: dict[str, nn.Module], order: int) -> dict[str, nn.Module]
 
 
 def training_steps(networks: dict[str, nn.Module], images: Tensor) -> dict[str, Callable[[], object]]:
-    """Forward, backward and Adam on a batch, for each."""
+    """By network, a function that does one training step: forward, backward and Adam on a batch."""
     labels = torch.arange(len(images)) % 10
 
     def step(network: nn.Module) -> Callable[[], object]:
@@ -70,12 +70,12 @@ def training_steps(networks: dict[str, nn.Module], images: Tensor) -> dict[str, 
 
 
 def train(subject: str, networks: dict[str, nn.Module], images: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Rows of the training step."""
+    """Rows of training steps."""
     return _rows(subject, "training", networks, images, interleaved(training_steps(networks, images), rounds))
 
 
 def infer(subject: str, networks: dict[str, nn.Module], images: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Rows of inference, by networks in eval mode."""
+    """Rows of inference; the networks must be in eval mode."""
     with torch.inference_mode():
         found = interleaved({name: partial(net, images) for name, net in networks.items()}, rounds)
     return _rows(subject, "inference", networks, images, found)
@@ -84,7 +84,7 @@ def infer(subject: str, networks: dict[str, nn.Module], images: Tensor, rounds: 
 def _rows(
     subject: str, direction: str, networks: dict[str, nn.Module], images: Tensor, found: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """MACs are as executed, for one image; unknown for layers of others."""
+    """Times with their networks; MACs are as executed, for one image, and None for layers of other libraries."""
     rows = []
     for name, times in found.items():
         network = networks[name]
@@ -101,7 +101,7 @@ def _images(like: gconv.Model, batch: int) -> Tensor:
 
 
 def p4cnn(full: bool) -> list[dict[str, Any]]:
-    """P4CNN beside all others: training, and inference on a batch and on a single image."""
+    """P4CNN beside all others: training, inference on a batch, and inference on a single image."""
     torch.manual_seed(0)
     ours = gconv.create_model("p4cnn")
     networks = {"gconv": ours, **limits(ours), **peers(ours)}
@@ -134,19 +134,19 @@ def _p4m_resnets() -> tuple[dict[str, nn.Module], Tensor]:
 
 
 def resnet_training(full: bool) -> list[dict[str, Any]]:
-    """The p4m-ResNet beside all others, and its published separable version."""
+    """Training of the p4m-ResNet beside all others, and beside its published separable version."""
     networks, images = _p4m_resnets()
     return train("p4m-resnet44", networks, images, 9 if full else 5)
 
 
 def resnet_inference(full: bool) -> list[dict[str, Any]]:
-    """The same in eval mode."""
+    """Inference of the same networks."""
     networks, images = _p4m_resnets()
     return infer("p4m-resnet44", exported(networks, 8), images, 15 if full else 5)
 
 
 def resnets(full: bool) -> list[dict[str, Any]]:
-    """All ResNets; with ``full`` each beside its dense limit."""
+    """All ResNets; with ``full`` their dense limits too."""
     torch.manual_seed(0)
     names: Sequence[str] = [name for name in gconv.MODELS if "resnet" in name]
     networks: dict[str, nn.Module] = {name: gconv.create_model(name) for name in names}
@@ -163,7 +163,7 @@ def resnets(full: bool) -> list[dict[str, Any]]:
 
 
 def memory(full: bool) -> list[dict[str, Any]]:
-    """Peak bytes of live tensors in a training step and in inference, of every network, and of P4CNN's twins."""
+    """Peak bytes of live tensors in a training step and in inference, for every network and for the twins of P4CNN."""
     rows = []
     for name in gconv.MODELS:
         torch.manual_seed(0)

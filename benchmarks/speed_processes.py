@@ -1,4 +1,4 @@
-"""Start-up: the whole process of a conversion, beside one that only imports PyTorch."""
+"""Start-up: the process of a whole conversion, beside a process that only imports PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKPOINT = "checkpoints/p4cnn-rotdigits.pt"
 
 
 def measure(full: bool) -> list[dict[str, Any]]:
-    """Rows of both, taking turns."""
+    """Rows of the two processes, which take turns."""
     with tempfile.TemporaryDirectory() as folder:
         decompose = ["-m", "analysis.decompose", CHECKPOINT, "--rank", "2", "--out", folder, "--force"]
 

@@ -1,4 +1,4 @@
-"""The table and the figure that README.md shows, from the records of :mod:`benchmarks.speed`."""
+"""The tables that the documentation shows, from the records of :mod:`benchmarks.speed`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from gconv.system.errors import InputError
 
-FIGURE = "speed.png"
 Rows = list[dict[str, Any]]
 
 
-class Bar(NamedTuple):
+class Claim(NamedTuple):
     """A claim: ``ours`` takes at most ``limit`` of the time of the best of ``others``."""
 
     subject: str
@@ -27,47 +26,50 @@ class Bar(NamedTuple):
 DENSE = ("dense", "dense, channels-last")
 PEERS = ("escnn", "lists")
 DEPLOYED = (*PEERS, "escnn, exported")
-BARS = (
-    Bar("p4cnn", "training", 128, "gconv", DENSE, 1.0),
-    Bar("p4cnn", "training", 128, "gconv", PEERS, 1 / 1.2),
-    Bar("p4cnn", "inference", 128, "gconv, fused", DENSE, 0.85),
-    Bar("p4cnn", "inference", 128, "gconv, fused", DEPLOYED, 1 / 1.6),
-    Bar("p4cnn", "inference", 1, "gconv, fused", DENSE, 1.0),
-    Bar("p4cnn", "inference", 128, "gconv, exported", DENSE, 0.85),
-    Bar("p4cnn", "inference", 128, "gconv, exported", DEPLOYED, 1 / 1.6),
-    Bar("p4cnn", "inference", 1, "gconv, exported", DENSE, 1.0),
-    Bar("p4m-resnet44", "training", 32, "gconv", PEERS, 1 / 1.1),
-    Bar("p4m-resnet44", "inference", 32, "gconv, fused", DEPLOYED, 1 / 1.25),
+CLAIMS = (
+    Claim("p4cnn", "training", 128, "gconv", DENSE, 1.0),
+    Claim("p4cnn", "training", 128, "gconv", PEERS, 1 / 1.2),
+    Claim("p4cnn", "inference", 128, "gconv, fused", DENSE, 0.85),
+    Claim("p4cnn", "inference", 128, "gconv, fused", DEPLOYED, 1 / 1.6),
+    Claim("p4cnn", "inference", 1, "gconv, fused", DENSE, 1.0),
+    Claim("p4cnn", "inference", 128, "gconv, exported", DENSE, 0.85),
+    Claim("p4cnn", "inference", 128, "gconv, exported", DEPLOYED, 1 / 1.6),
+    Claim("p4cnn", "inference", 1, "gconv, exported", DENSE, 1.0),
+    Claim("p4m-resnet44", "training", 32, "gconv", PEERS, 1 / 1.1),
+    Claim("p4m-resnet44", "inference", 32, "gconv, fused", DEPLOYED, 1 / 1.25),
     # The network of 3.08 G multiply-accumulates is the limit; our full one takes fewer.
-    Bar("p4m-resnet44", "training", 32, "gconv, gc", DENSE, 1 / 1.8),
-    Bar("p4m-resnet44", "inference", 32, "gconv, gc, fused", DENSE, 1 / 2.5),
-    Bar("p4m-resnet44", "training", 32, "gconv, gc", ("gconv",), 1 / 1.8),
-    Bar("p4m-resnet44", "inference", 32, "gconv, gc, fused", ("gconv, fused",), 1 / 2.5),
+    Claim("p4m-resnet44", "training", 32, "gconv, gc", DENSE, 1 / 1.8),
+    Claim("p4m-resnet44", "inference", 32, "gconv, gc, fused", DENSE, 1 / 2.5),
+    Claim("p4m-resnet44", "training", 32, "gconv, gc", ("gconv",), 1 / 1.8),
+    Claim("p4m-resnet44", "inference", 32, "gconv, gc, fused", ("gconv, fused",), 1 / 2.5),
 )
-LAYER_BARS = {("p4", 10): 0.25, ("p4", 64): 0.15, ("p4m", 28): 0.15, ("p4m", 64): 0.11, ("p4m", 128): 0.09}
-"""What ``gc`` and ``gc_in`` layers take of the dense limit, forward; with backward 1.2 times that."""
+LAYER_CLAIMS = {("p4", 10): 0.25, ("p4", 64): 0.15, ("p4m", 28): 0.15, ("p4m", 64): 0.11, ("p4m", 128): 0.09}
+"""By group and width: the most that ``gc`` and ``gc_in`` layers take of the dense limit's time, forward."""
 BACKWARD = 1.2
+"""With the backward pass they take at most so many times that share."""
 
 
 def load(folder: Path) -> dict[str, Rows]:
-    """The rows of each section that has a record, each row with its section: only rows of one were measured in turns.
+    """The rows of each section that has a record.
+
+    Each row keeps the name of its section, because only rows of one section took turns and can be compared.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no record.
     """
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not records:
-        raise InputError(f"no records in {folder}; `python -m benchmarks.speed` makes them")
+        raise InputError(f"no records in {folder}; run `python -m benchmarks.speed` first")
     return {record["section"]: [{**row, "section": record["section"]} for row in record["rows"]] for record in records}
 
 
 def table(folder: Path, *, every: bool = False) -> str:
-    """As Markdown what was claimed, and the layers; with ``every`` all networks too."""
+    """What was asked, beside what was measured, and all layers, as Markdown; with ``every`` all networks too."""
     sections = load(folder)
-    rows = _on_cpu(sections)
+    rows = on_cpu(sections)
     parts = [
-        _bars(rows),
-        _layer_bars(rows),
+        _claims(rows),
+        _layer_claims(rows),
         _conversions(sections),
         _start_up(sections),
         _networks(rows) if every else "",
@@ -77,12 +79,13 @@ def table(folder: Path, *, every: bool = False) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _on_cpu(sections: dict[str, Rows]) -> Rows:
+def on_cpu(sections: dict[str, Rows]) -> Rows:
+    """The rows of all sections that were measured on a CPU."""
     return [row for name, of_section in sections.items() if name != "gpu" for row in of_section]
 
 
 def networks(rows: Rows) -> dict[tuple[str, str, str, int], dict[str, dict[str, Any]]]:
-    """The rows of networks by section, subject, direction and batch, and then by variant: what can be compared."""
+    """The rows of networks that can be compared: by section, subject, direction and batch, and then by variant."""
     found: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row.get("direction") in ("training", "inference") and "request" not in row:
@@ -91,39 +94,40 @@ def networks(rows: Rows) -> dict[tuple[str, str, str, int], dict[str, dict[str, 
     return found
 
 
-def ratio(rows: Rows, bar: Bar) -> tuple[float, str] | None:
-    """The time of ours over that of the fastest of the others, and which that is; None without records of both."""
+def ratio(rows: Rows, claim: Claim) -> tuple[float, str] | None:
+    """Our time over that of the fastest of the others, and its name; None without records of both."""
     for (_, *key), variants in networks(rows).items():
-        others = [name for name in bar.others if name in variants]
-        if key == [bar.subject, bar.direction, bar.batch] and bar.ours in variants and others:
+        others = [name for name in claim.others if name in variants]
+        if key == [claim.subject, claim.direction, claim.batch] and claim.ours in variants and others:
             best = min(others, key=lambda name: variants[name]["median_ms"])
-            return variants[bar.ours]["median_ms"] / variants[best]["median_ms"], best
+            return variants[claim.ours]["median_ms"] / variants[best]["median_ms"], best
     return None
 
 
-def _bars(rows: Rows) -> str:
-    found = [(bar, ratio(rows, bar)) for bar in BARS]
+def _claims(rows: Rows) -> str:
+    """What was asked of the networks, and what was measured."""
+    found = [(claim, ratio(rows, claim)) for claim in CLAIMS]
     return _markdown(
         ("network", "", "batch", "what", "against the fastest of", "takes at most", "measured", "holds"),
         (
             (
-                bar.subject,
-                bar.direction,
-                str(bar.batch),
-                bar.ours,
-                " / ".join(bar.others),
-                f"{bar.limit:.2f}",
-                f"{value[0]:.2f}" + (f" ({value[1]})" if len(bar.others) > 1 else ""),
-                "yes" if value[0] <= bar.limit else "no",
+                claim.subject,
+                claim.direction,
+                str(claim.batch),
+                claim.ours,
+                " / ".join(claim.others),
+                f"{claim.limit:.2f}",
+                f"{value[0]:.2f}" + (f" ({value[1]})" if len(claim.others) > 1 else ""),
+                "yes" if value[0] <= claim.limit else "no",
             )
-            for bar, value in found
+            for claim, value in found
             if value is not None
         ),
     )
 
 
 def _networks(rows: Rows) -> str:
-    """Times of the networks, with the fastest dense limit at 1."""
+    """Times of the networks, also as shares of the faster dense limit's."""
 
     def lines() -> Iterator[tuple[str, ...]]:
         for (_, subject, direction, batch), variants in networks(rows).items():
@@ -150,7 +154,7 @@ def _networks(rows: Rows) -> str:
 
 
 def layer_shares(rows: Rows) -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Each layer's row, its time and its MACs as shares of the dense limit's in its faster memory format."""
+    """Each layer's row, and its time and MACs as shares of those of the dense limit in its faster memory format."""
     layers = [row for row in rows if "side" in row]
     for row in layers:
         same = [other for other in layers if all(other[key] == row[key] for key in ("subject", "direction", "batch"))]
@@ -158,10 +162,12 @@ def layer_shares(rows: Rows) -> Iterator[tuple[dict[str, Any], float, float]]:
         yield row, row["median_ms"] / limit["median_ms"], row["macs"] / limit["macs"]
 
 
-def _layer_bars(rows: Rows) -> str:
+def _layer_claims(rows: Rows) -> str:
+    """What was asked of the separable layers, and what was measured."""
+
     def lines() -> Iterator[tuple[str, ...]]:
         for row, share, _ in layer_shares(rows):
-            limit = LAYER_BARS.get((row.get("group"), row.get("width")))
+            limit = LAYER_CLAIMS.get((row.get("group"), row.get("width")))
             if row["variant"] in ("gc", "gc_in") and limit is not None:
                 limit *= 1 if row["direction"] == "forward" else BACKWARD
                 holds = "yes" if share <= limit else "no"
@@ -171,6 +177,7 @@ def _layer_bars(rows: Rows) -> str:
 
 
 def _layers(rows: Rows) -> str:
+    """Time, and MACs, of every kind of layer as shares of the dense limit's."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     kinds: dict[str, None] = {}
     for row, share, macs in layer_shares(rows):
@@ -184,7 +191,7 @@ def _layers(rows: Rows) -> str:
 
 
 def conversion_ratios(sections: dict[str, Rows], variant: str = "converted") -> list[float]:
-    """Time of each converted network, or of the copy of each original, over its original's."""
+    """The time of each converted network, or of a copy of each original, over that of its original."""
     times: dict[str, dict[str, float]] = {}
     for row in sections.get("conversions", []):
         times.setdefault(row["subject"], {})[row["variant"]] = row["median_ms"]
@@ -192,36 +199,40 @@ def conversion_ratios(sections: dict[str, Rows], variant: str = "converted") -> 
 
 
 def _conversions(sections: dict[str, Rows]) -> str:
+    """How many converted networks are slower than their originals, in words."""
     found = sorted(conversion_ratios(sections))
     if not found:
         return ""
     copies = sorted(conversion_ratios(sections, "copy"))
     slower = sum(value > 1 for value in found)
     beyond = sum(value > copies[-1] for value in found)
-    text = (
-        f"Of {len(found)} random conversions {slower} came out slower than the original, {beyond} of them by more than"
+    return (
+        f"Of {len(found)} random conversions {slower} came out slower than the original, {beyond} of them by more than "
+        f"copies of the originals differ from them ({copies[0]:.2f} to {copies[-1]:.2f} of its time). They take "
+        f"{found[0]:.2f} to {found[-1]:.2f} of the original's time, half of them {found[len(found) // 2]:.2f} or less."
     )
-    text = f"{text} copies of the originals differ from them ({copies[0]:.2f} to {copies[-1]:.2f} of its time)"
-    return f"{text}; they take {found[0]:.2f} to {found[-1]:.2f}, half of them {found[len(found) // 2]:.2f} or less."
 
 
 def _start_up(sections: dict[str, Rows]) -> str:
+    """The seconds that a conversion takes as a whole process, in words."""
     times = {row["variant"]: row["median_ms"] / 1000 for row in sections.get("start-up", [])}
     if not times:
         return ""
     allowed = 1.3 * times["import torch"] + 1
-    text = f"`analysis.decompose` of a P4CNN takes {times['decompose']:.1f} s as a whole process"
-    return f"{text}, importing PyTorch alone {times['import torch']:.1f} s (at most {allowed:.1f} s asked)."
+    return (
+        f"`analysis.decompose` converts a P4CNN in {times['decompose']:.1f} s, the start of the process included (at "
+        f"most {allowed:.1f} s asked). Importing PyTorch alone takes {times['import torch']:.1f} s."
+    )
 
 
 GRAPH = ", CUDA graph"
 
 
 def gpu_shares(rows: Rows) -> Iterator[tuple[tuple[str, str, str], float, dict[str, tuple[float, float]]]]:
-    """For each network, direction and precision: milliseconds of the dense limit as a graph, and shares of the limit.
+    """Each network, direction and precision, the milliseconds of its dense limit as a CUDA graph, and shares of it.
 
-    The shares, by variant, are of a recorded graph against the limit as one, and of operations that are launched one by
-    one against the limit's.
+    There are two shares for each variant: its time as a CUDA graph over that of the limit as a CUDA graph, and its time
+    with operations launched one by one over that of the limit with operations launched one by one.
     """
     times: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
@@ -233,6 +244,7 @@ def gpu_shares(rows: Rows) -> Iterator[tuple[tuple[str, str, str], float, dict[s
 
 
 def _gpu(sections: dict[str, Rows]) -> str:
+    """Networks on a GPU as shares of the dense limit."""
     rows = sections.get("gpu", [])
     if not rows:
         return ""
@@ -250,83 +262,3 @@ def _gpu(sections: dict[str, Rows]) -> str:
 def _markdown(heads: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *lines]) if lines else ""
-
-
-def draw(folder: Path) -> Path:
-    """Write the figure: layers against their MACs, and the networks beside the others."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-
-    rows = _on_cpu(load(folder))
-    colors = sns.color_palette("colorblind")
-    with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=[1.1, 1, 1])
-    axis = axes[0]
-    shares = [
-        (row, share, macs) for row, share, macs in layer_shares(rows) if row["variant"] not in (*DENSE, "lifting")
-    ]
-    kinds = list(dict.fromkeys(row["variant"] for row, _, _ in shares))
-    for number, kind in enumerate(kinds):
-        for direction in ("forward", "forward and backward"):
-            own = [
-                (macs, share) for row, share, macs in shares if (row["variant"], row["direction"]) == (kind, direction)
-            ]
-            filled = direction == "forward"
-            color = colors[number]
-            axis.plot(
-                *zip(*own, strict=True),
-                "o^svDP"[number % 6],
-                color=color,
-                mfc=color if filled else "none",
-                ls="none",
-                label=kind if filled else None,
-            )
-    axis.plot([0.05, 1.2], [0.05, 1.2], color="0.4", lw=0.8, ls=":")
-    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
-    axis.set(xscale="log", yscale="log")
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_locator(FixedLocator(ticks))
-        scale.set_minor_locator(NullLocator())
-        scale.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set(xlabel="MACs / those of the dense limit", ylabel="time / that of the dense limit", title="3x3 layers")
-    title = "open: with backward"
-    axis.legend(frameon=False, loc="lower right", title=title, fontsize="small", title_fontsize="small")
-    for axis, direction in zip(axes[1:], ("training", "inference"), strict=True):
-        _network_bars(axis, rows, direction, colors)
-    path = folder / FIGURE
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
-def _network_bars(axis: Any, rows: Rows, direction: str, colors: Any) -> None:
-    variants = ("gconv", "gconv, fused", *DENSE, "lists", "escnn", "escnn, exported", "gconv, gc", "gconv, gc, fused")
-    position = 0
-    ticks, labels = [], []
-    for subject, batch in (("p4cnn", 128), ("p4m-resnet44", 32)):
-        key = [subject, direction, batch]
-        found = [own for (_, *of), own in networks(rows).items() if of == key and any(name in own for name in DENSE)]
-        if not found:
-            continue
-        own = found[0]
-        limit = min(own[name]["median_ms"] for name in DENSE if name in own)
-        for name in (name for name in variants if name in own):
-            ours = name.startswith("gconv")
-            low, high = (value / limit for value in own[name]["quartiles_ms"])
-            share = own[name]["median_ms"] / limit
-            axis.barh(
-                position, share, color=colors[0 if ours else 7], xerr=[[share - low], [high - share]], ecolor="0.3"
-            )
-            ticks.append(position)
-            labels.append(f"{subject}  {name}" if name == "gconv" else name)
-            position += 1
-        position += 1
-    axis.axvline(1, color="0.4", lw=0.8, ls=":")
-    axis.set_yticks(ticks, labels, fontsize="small")
-    axis.invert_yaxis()
-    axis.grid(visible=False, axis="y")
-    axis.set(xlabel="time / that of the dense limit", title=direction)

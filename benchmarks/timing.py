@@ -1,4 +1,4 @@
-"""Times of runs that take turns, so that a machine that gets slower or faster does so for all of them."""
+"""Times of runs that take turns, so that a machine that gets slower or faster does so for all of them alike."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 from analysis.latency.timing import machine
 from gconv.training.loop import environment
 
-_TURN = 0.02
-"""Seconds a turn lasts at least: what is over in a fraction of one is called several times, as within a network."""
+TURN_SECONDS = 0.02
+"""The least seconds of a turn: short calls are repeated, as they are within a network."""
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Any]:
-    """Median and quartiles in milliseconds, by name, without a first turn that loads what is loaded on first use.
+    """Median and quartiles in milliseconds, by name.
 
-    The order is drawn anew in every turn, the same in every process: what ran before leaves the caches warm or cold.
-    With a first turn, runs of less than twenty milliseconds are then called so often that a turn lasts as long, and a
-    time is that of a turn, shared among its calls.
+    The order is drawn for every turn, because the run before leaves the caches warm or cold; it is the same in every
+    process. With ``warm_up`` two turns come first and are not counted. From the second it is known how often a short
+    run must be called so that its turn lasts 20 milliseconds; its time is then that of a turn divided by its calls.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     calls = dict.fromkeys(runs, 1)
@@ -40,12 +40,12 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, *, warm_u
             if turn >= 0:
                 times[name].append(1000 * took / calls[name])
             elif turn == -1:
-                calls[name] = max(1, math.ceil(_TURN / max(took, 1e-9)))
+                calls[name] = max(1, math.ceil(TURN_SECONDS / max(took, 1e-9)))
     return {name: summary(kept) for name, kept in times.items()}
 
 
 def summary(milliseconds: list[float]) -> dict[str, Any]:
-    """What is recorded of these times."""
+    """The median, the quartiles and the number of these times, as they are recorded."""
     low, _, high = (
         statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else [milliseconds[0]] * 3
     )
@@ -57,7 +57,7 @@ def summary(milliseconds: list[float]) -> dict[str, Any]:
 
 
 def described() -> dict[str, Any]:
-    """The machine."""
+    """The machine, and the versions of what runs on it."""
     return {
         **environment(torch.device("cpu")),
         "processor": machine(torch.device("cpu")),

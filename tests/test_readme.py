@@ -11,7 +11,7 @@ import pytest
 import analysis
 import gconv
 from analysis.plots.console import _change
-from benchmarks import conversion, conversion_speed, plain_conversion, retraining, speed, speed_report
+from benchmarks import conversion, conversion_speed, plain_conversion, retraining, speed, speed_figure, speed_report
 from gconv.catalog import table
 from gconv.experiments import __main__ as experiments
 from gconv.experiments import runs, tables
@@ -31,7 +31,10 @@ def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("line", re.findall(r"^    python -m (.*)$", README, re.MULTILINE))
 def test_commands_are_understood(line: str) -> None:
     module, *words = shlex.split(line)
-    importlib.import_module(module).parser().parse_args(words)
+    command = importlib.import_module(module)
+    if hasattr(command, "__path__"):  # a package is run by its __main__
+        command = importlib.import_module(f"{module}.__main__")
+    command.parser().parse_args(words)
 
 
 def test_checkpoint_table_is_what_the_catalog_prints() -> None:
@@ -57,7 +60,7 @@ def test_tables_are_made_from_the_records(name: str) -> None:
 
 def test_the_table_of_speed_is_made_from_the_records() -> None:
     assert speed_report.table(speed.RESULTS) in README
-    assert (speed.RESULTS / speed_report.FIGURE).exists()
+    assert (speed.RESULTS / speed_figure.FIGURE).exists()
 
 
 @pytest.mark.parametrize("compiled", [True, False])

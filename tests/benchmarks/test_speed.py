@@ -11,7 +11,7 @@ import pytest
 
 import gconv
 from analysis.allocation.budget import Budget
-from benchmarks import speed, speed_conversions, speed_layers, speed_networks, speed_report, timing
+from benchmarks import speed, speed_conversions, speed_figure, speed_layers, speed_networks, speed_report, timing
 from benchmarks.timing import interleaved, summary
 from gconv.system.errors import InputError
 
@@ -73,16 +73,17 @@ def test_the_table_says_what_is_in_the_records(folder: Path) -> None:
     assert "| p4, 2 channels, 8x8 | forward | 0.30 (0.10) |" in lines
     assert "Of 3 random conversions 2 came out slower than the original, 1 of them by more" in table
     assert "(0.95 to 1.05 of its time)" in table
-    assert "they take 0.75 to 1.25, half" in table
+    assert "They take 0.75 to 1.25 of the original's time, half" in table
     assert " 50 ms " not in speed_report.table(folder)
     assert "| a card: graph (launched) / limit |" in lines[-3]
     assert lines[-1] == "| p4cnn | inference | tf32 | 2.00 ms | | 0.50 (0.25) | |"
     assert "| p4cnn | inference | 128 | gconv, fused |" not in " ".join(lines)  # which is a table of times on a CPU
-    assert "2.2 s as a whole process, importing PyTorch alone 1.0 s (at most 2.3 s asked)" in table
+    assert "in 2.2 s, the start of the process included (at most 2.3 s asked)." in table
+    assert "Importing PyTorch alone takes 1.0 s." in table
 
 
 def test_the_figure_is_drawn(folder: Path) -> None:
-    path = speed_report.draw(folder)
+    path = speed_figure.draw(folder)
     assert path == folder / "speed.png"
     assert path.read_bytes()[:4] == b"\x89PNG"
 
@@ -93,7 +94,7 @@ def test_without_records_there_is_no_table(tmp_path: Path) -> None:
 
 
 def test_runs_take_turns_and_the_first_turns_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     calls: list[str] = []
     found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     turns = [tuple(calls[at : at + 2]) for at in range(0, 10, 2)]
@@ -112,7 +113,7 @@ def test_a_turn_of_short_runs_has_several_and_its_time_is_shared() -> None:
 
 
 def test_no_run_is_always_behind_the_same_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     calls: list[str] = []
     interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 20)  # type: ignore[misc]
     assert {calls[at - 1] for at, name in enumerate(calls) if name == "b" and at} >= {"a", "c"}
