@@ -1,4 +1,4 @@
-"""``python -m analysis.redundancy``: how redundant the filters of a network are, beside what chance gives."""
+"""``python -m analysis.redundancy``: how redundant the filters of a network are, compared with chance."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 PROG = "python -m analysis.redundancy"
 
-# What the screen shows of the table: heading, measure, part, rank.
+# The measures on the screen: heading, measure, part, rank.
 _SHOWN = (
     ("g", "explained_energy", "g", 1),
     ("gc", "explained_energy", "gc", 1),
     ("gc_in", "explained_energy", "gc_in", 1),
     ("effective rank\nof space", "effective_rank", "space", None),
     ("invariance\nas stored", "invariance", "average", None),
-    ("invariance\nturned back", "invariance_turned", "average", None),
+    ("invariance\ntransformed back", "invariance_turned", "average", None),
 )
 _TITLE = "explained energy at rank 1 in each form, and other measures"
-# A terminal tells its own width; in a file or a pipe the table must not be folded at 80 columns.
+# A file or a pipe has no width, and the table must not be folded there at 80 columns.
 _WIDTH_ELSEWHERE = 160
 
 
@@ -37,23 +37,28 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = Parser(
         PROG,
-        "Measure how redundant the filters of a network are, along space, the group axis and channels, beside the\n"
-        "same measures on filters drawn from the layer's initialisation and on the trained entries in random order.\n"
-        "FILE is a checkpoint of this project, or a state dict (.pt, .pth, .safetensors) of a plain, a GrouPy or an\n"
-        "exported group network. Several FILEs are snapshots of one run: the measures are shown against the epoch.",
+        "Measure how redundant the filters of a network are, along space, the group axis and the channels. For\n"
+        "comparison the same measures are taken of two nulls: filters drawn from each layer's initialisation, and the\n"
+        "trained entries in random order. FILE is a checkpoint of this project, or a state dict (.pt, .pth,\n"
+        ".safetensors) of a plain, a GrouPy or an exported group network. Several FILEs must be snapshots of one\n"
+        "training run; then the measures are shown for every epoch.",
         "  python -m analysis.redundancy checkpoints/p4cnn-rotmnist-regen.pt\n"
         "  python -m analysis.redundancy checkpoints/p4cnn-rotmnist-regen/epoch-*.pt --csv trace.csv\n"
         "  python -m analysis.redundancy weights.safetensors --group p4m --json > redundancy.json",
     )
-    p.add_argument("files", metavar="FILE", nargs="+", help="a checkpoint or a state dict; several: snapshots of a run")
+    p.add_argument(
+        "files", metavar="FILE", nargs="+", help="a checkpoint or a state dict, or several snapshots of a run"
+    )
     p.add_argument("--group", metavar="G", help="the group of a network that does not say it: z2, p2, p4, pm, pmm, p4m")
     p.add_argument(
-        "--draws", type=number(int, 0), default=20, metavar="D", help="of each null, default 20; 0: no nulls"
+        "--draws", type=number(int, 0), default=20, metavar="D", help="draws of each null, default 20; 0 for no nulls"
     )
-    p.add_argument("--seed", type=number(int, 0), default=0, metavar="S", help="of the nulls, default 0")
-    p.add_argument("--csv", metavar="OUT", help="write the whole table here")
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="S", help="seed of the nulls, default 0")
+    p.add_argument("--csv", metavar="OUT", help="write the whole table to this file")
     p.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    p.add_argument("--json", action="store_true", help="print the whole table as JSON on stdout, all else on stderr")
+    p.add_argument(
+        "--json", action="store_true", help="print the whole table as JSON on stdout, everything else on stderr"
+    )
     return p
 
 
@@ -64,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    # What the user typed is checked before anything slow is imported or read.
+    # The arguments are checked before anything slow is imported or read.
     if args.draws == 1:
-        raise InputError("--draws is 1; accepted: at least 2, or 0 for no nulls")
+        raise InputError("--draws is 1; give at least 2, or 0 for no nulls")
     if args.group is not None and len(args.files) > 1:
-        raise InputError("--group is for one FILE; several are snapshots, whose records say their group")
+        raise InputError("--group is for one FILE; leave it out for snapshots of a run, whose files say their group")
 
     with loading():
         from analysis.measures.table import redundancy, redundancy_over_epochs
@@ -90,7 +95,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
-    """Print the main measures of each layer, or against the epoch, and what was left out.
+    """Print the main measures of each layer or of each epoch, and what was left out.
 
     Args:
         table: the table.
@@ -105,8 +110,8 @@ def print_redundancy(table: Redundancy, *, file: IO[str]) -> None:
         console.print("there is nothing to measure: the network has no convolution")
     elif table.draws:
         console.print(
-            f"In brackets: the mean of {table.draws} filters drawn from the initialisation, and how many of their "
-            "standard deviations the value is away."
+            f"In brackets: the mean of {table.draws} filters drawn from the initialisation, and the distance of the "
+            "value from that mean, in standard deviations of these filters."
         )
     for note in table.notes:
         console.print(f"note: {note}", style="dim")
@@ -124,7 +129,7 @@ def _per_layer(table: Redundancy) -> list[Table]:
 
 
 def _against_epoch(table: Redundancy) -> list[Table]:
-    """The whole network's measures, a row for each epoch; then the first of them, a row for each layer."""
+    """One picture with the whole network's measures by epoch, and one with the first measure by layer and epoch."""
     from analysis.measures.table import NETWORK
 
     found = {(row["epoch"], row["layer"], *_key(row)): row for row in table.rows}

@@ -10,7 +10,7 @@ from torch import nn
 from analysis import filter_banks
 from analysis.filters.banks import FilterBank
 from gconv import GROUPS, GConv2d, InputError, LiftingConv2d, SeparableGConv2d, create_model, group, save
-from gconv.functional.expansion import Tables, expand
+from gconv.functional.expansion import expand
 from gconv.functional.forms import FORMS
 
 DATA = Path(__file__).parents[2] / "data"
@@ -36,9 +36,7 @@ def summary(banks):
 
 def plain(layer):
     """An ordinary convolution with the layer's expanded filter."""
-    weight = expand(
-        layer.weight.detach(), Tables.build(layer.group, layer.kernel_size[0], lifting=layer._lifting).expansion
-    )
+    weight = expand(layer.weight.detach(), layer.tables.expansion)
     conv = nn.Conv2d(*weight.shape[1::-1], weight.shape[-1])
     conv.weight = nn.Parameter(weight)
     return conv
@@ -200,7 +198,7 @@ def test_lifting_layers_take_the_group_that_follows_or_else_the_last():
     state = {f"{n}.weight": torch.randn(2, 2, s, 3, 3) for n, s in enumerate(sizes)}
     assert [bank.group.name for bank in filter_banks(state)] == ["p4", "p4", "p4m", "p4m", "p4m"]
     with pytest.raises(
-        InputError, match=r"0 have no group axis: name the group, .* accepted: z2, p2, p4, pm, pmm, p4m"
+        InputError, match=r"0 have no group axis: give the group, .* accepted: z2, p2, p4, pm, pmm, p4m"
     ):
         filter_banks({"0.weight": torch.randn(2, 2, 1, 3, 3)})
     assert [bank.kind for bank in filter_banks({"0.weight": torch.randn(2, 2, 1, 3, 3)}, group="p2")] == ["lifting"]
@@ -275,7 +273,7 @@ def test_an_exported_escnn_network():
         ("19", "full", "p4", (10, 10, 4, 4, 4)),
     ]
     assert all(0 < bank.residual < 1e-6 for bank in banks)
-    with pytest.raises(InputError, match=r"not those of p4m: the rows of 19 .* residual of 0\.7"):
+    with pytest.raises(InputError, match=r"not have the structure of p4m: the rows of 19 .* residual of 0\.7"):
         filter_banks(DATA / "foreign" / "escnn_p4cnn_exported.pt", group="p4m")
 
 

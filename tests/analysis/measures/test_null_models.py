@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis import block_energies, explained_energy, filter_banks, redundancy
-from analysis.measures import null_models as null
+from analysis.filters.banks import FilterBank
 from analysis.measures.null_models import NULLS, band, null_filters
 from gconv import FORMS, SeparableGConv2d, create_model
 
@@ -32,12 +32,13 @@ def test_the_seed_decides(bank, kind):
 
 
 @pytest.mark.parametrize("kind", NULLS)
-def test_batches_do_not_change_the_draws(bank, kind, monkeypatch):
-    together = drawn(bank, kind, 5)
-    monkeypatch.setattr(null, "_CHUNK", 2 * bank.weight.numel())
-    batches = list(null_filters(bank, kind, 5, np.random.default_rng(0)))
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert torch.equal(torch.cat(batches), together)
+def test_batches_are_bounded_and_do_not_change_the_draws(bank, kind):
+    rng = np.random.default_rng(0)
+    one_by_one = torch.cat([next(null_filters(bank, kind, 1, rng)) for _ in range(5)])
+    assert torch.equal(drawn(bank, kind, 5), one_by_one)
+    large = FilterBank("large", torch.zeros(256, 128, 4, 1, 1, dtype=torch.float64), bank.group)
+    batches = [len(batch) for batch in null_filters(large, kind, 5, rng)]
+    assert batches == [2, 2, 1]
 
 
 def test_init_is_uniform_and_independent(bank):

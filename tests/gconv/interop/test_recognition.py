@@ -93,7 +93,7 @@ def test_a_flip_of_columns_is_seen_turned():
     upright = generator(3, 2, 2, 3)
     turned = exported(on, upright).rot90(-1, (-2, -1))
     found = recognise({"conv": turned})
-    assert (found.layout.group, found.layout.turned) == (on, True)
+    assert (found.layout.group, found.layout.rotated) == (on, True)
     torch.testing.assert_close(found.fits["conv"].generator, upright, rtol=1e-12, atol=1e-12)
     assert str(found.layout) == "pm, channel-major, columns flipped"
 
@@ -157,7 +157,7 @@ def test_groups_that_fit_alike_are_asked_for():
     weight = torch.randn(4, 3, 2, 1, 1).double() * kernel
     plain = exported(group("p2"), weight)
     with pytest.raises(
-        InputError, match=r"those of p2 and pm alike: name the group, with --group .* accepted: p2, pm$"
+        InputError, match=r"fit p2 and pm equally well: give the group, with --group .* accepted: p2, pm$"
     ):
         recognise({"conv": plain})
     for name in ("p2", "pm"):
@@ -168,7 +168,10 @@ def test_groups_that_fit_alike_are_asked_for():
 @every_group
 def test_a_forced_group_that_is_not_there_is_an_error_with_the_residual(on):
     plain = {"small": torch.randn(8, 8, 1, 1).double(), "large": torch.randn(16, 16, 3, 3).double()}
-    with pytest.raises(InputError, match=rf"not those of {on.name}: the rows of large .* residual of 0\.\d+; accepted"):
+    said = (
+        rf"do not have the structure of {on.name}: the rows of large .* residual of 0\.\d+, and at most 0.1 is accepted"
+    )
+    with pytest.raises(InputError, match=said):
         recognise(plain, on)
     with pytest.raises(InputError, match=f"no layer has a multiple of {on.order} outputs"):
         recognise({"conv": torch.randn(9, 8, 3, 3).double()}, on)
@@ -193,7 +196,7 @@ def test_layout_of_reads_groups_from_their_matrices():
         assert layout_of(list(on.matrices.astype(float))) == Layout(on, tuple(range(on.order)))
     p4m = group("p4m").matrices.astype(float)
     assert layout_of([p4m[s] for s in ESCNN["p4m"]]) == Layout(group("p4m"), ESCNN["p4m"])
-    assert layout_of([p4m[0], p4m[6]]) == Layout(group("pm"), (0, 1), turned=True)
+    assert layout_of([p4m[0], p4m[6]]) == Layout(group("pm"), (0, 1), rotated=True)
     assert layout_of([p4m[0], p4m[5]]) is None  # a flip about a diagonal
     third = math.cos(math.tau / 3), math.sin(math.tau / 3)
     turn = torch.tensor([[third[0], -third[1]], [third[1], third[0]]]).numpy()
