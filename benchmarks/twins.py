@@ -72,11 +72,11 @@ class _Block(nn.Module):
         self.conv2 = kit.conv(out, out, 3, padding=1, bias=False)
         same = stride == 1 and into == out
         self.shortcut = None if same else kit.conv(into, out, 1, stride=stride, bias=False)
+        self.shortcut_norm = None if same else kit.norm(out)
 
     def forward(self, x: Any) -> Any:
-        active = self.relu1(self.norm1(x))
-        passed = x if self.shortcut is None else self.shortcut(active)
-        return passed + self.conv2(self.relu2(self.norm2(self.conv1(active))))
+        residual = x if self.shortcut is None or self.shortcut_norm is None else self.shortcut_norm(self.shortcut(x))
+        return residual + self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
 
 
 class TwinResNet(nn.Module):

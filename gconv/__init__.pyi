@@ -17,9 +17,9 @@ from .models.cost import LayerCost as LayerCost
 from .models.cost import cost as cost
 from .models.equivariance import EquivarianceReport as EquivarianceReport
 from .models.equivariance import equivariance_error as equivariance_error
+from .models.networks import Model as Model
+from .models.networks import ModelSpec as ModelSpec
 from .models.zoo import MODELS as MODELS
-from .models.zoo import Model as Model
-from .models.zoo import ModelSpec as ModelSpec
 from .models.zoo import create_model as create_model
 from .nn.batchnorm import GroupBatchNorm2d as GroupBatchNorm2d
 from .nn.conv import GConv2d as GConv2d

@@ -52,7 +52,7 @@ def _row(path: str) -> tuple[str, ...]:
     error = f"{record['test_error']:.2f} % of {record['test_images']:,}" if "test_error" in record else "–"
     return (
         Path(path).name,
-        spec.name,
+        str(spec),
         spec.group,
         ", ".join(sorted(forms)) or spec.separable or "full",
         "/".join(map(str, spec.widths)),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-    from gconv.models.zoo import Model
+    from gconv.models.networks import Model
 
 PROG = "python -m gconv.export"
 TOLERANCE = 1e-5  # how far class scores may be off, relative to the largest

@@ -15,7 +15,7 @@ from gconv.system.errors import InputError
 
 if TYPE_CHECKING:
     from gconv.models.checkpoint import Checkpoint
-    from gconv.models.zoo import Model
+    from gconv.models.networks import Model
     from gconv.training.datasets import Dataset
     from gconv.training.recipe import Recipe
 
@@ -243,7 +243,7 @@ def _check_new(args: argparse.Namespace) -> Path:
     return out
 
 
-def _new_model(args: argparse.Namespace, **data: int) -> Model:
+def _new_model(args: argparse.Namespace, **data: Any) -> Model:
     from gconv.models.zoo import create_model
 
     try:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gconv.models.zoo import Model
+from gconv.models.networks import Model
 from gconv.nn.modes import evaluating
 
 # Chosen on the validation part of rotmnist-regen, with one network (P4CNN, gc_in at rank 1).

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv.models import checkpoint
-from gconv.models.zoo import Model
+from gconv.models.networks import Model
 
 from .timing import BUDGET_ROUNDS, latency
 

@@ -1,4 +1,4 @@
-"""Networks of ordinary layers only: what a network of this package computes, in the words of ``torch.nn``."""
+"""Lowering: a network that computes the same with layers of ``torch.nn`` alone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gconv.functional.expansion import expand
 from gconv.functional.form_base import Convolution
 from gconv.groups.point_groups import group
-from gconv.models.zoo import Model
+from gconv.models.networks import Model
 from gconv.nn.base import GroupConvBase
 from gconv.nn.conv import FullConvBase
 from gconv.nn.pooling import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
-from .tracing import trace
+from .tracing import is_overridden, trace
 
 
-def plain_of(fused: Model) -> fx.GraphModule:
-    """What :func:`gconv.to_plain` gives, of a network that is fused already."""
+def lower(fused: Model) -> fx.GraphModule:
+    """A fused network as ordinary layers; see :func:`gconv.to_plain`.
+
+    Raises:
+        InputError: a layer has no ordinary counterpart, or has forward hooks, which would be lost.
+    """
     plain = _Plain(group(fused.spec.group).order)
     made: dict[fx.Node, fx.Node] = {}
     with torch.no_grad():
@@ -52,11 +56,15 @@ class _Plain:
         self.modules: dict[str, nn.Module] = {}
 
     def add(self, name: str, layer: nn.Module, x: fx.Node) -> fx.Node:
-        """What the layer of that name does to ``x``.
+        """Add what the layer of that name does to ``x``.
 
         Raises:
-            InputError: it has no counterpart here.
+            InputError: the layer has no ordinary counterpart, or it has forward hooks.
         """
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise InputError(f"{name} has forward hooks, which ordinary layers would not call. Remove them first.")
+        if is_overridden(layer):
+            raise InputError(f"{name} has a forward of its own, which has no ordinary counterpart")
         match layer:
             case GroupConvBase():
                 return self._convolutions(name, layer, x)
@@ -72,7 +80,7 @@ class _Plain:
                 return self._reduce("amax", self.order, x)
             case nn.Identity():
                 return x
-        raise InputError(f"{name} is a {type(layer).__name__}, which has no plain counterpart")
+        raise InputError(f"{name} is a {type(layer).__name__}, which has no ordinary counterpart")
 
     def _call(self, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
         self.modules[name] = module

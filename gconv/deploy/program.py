@@ -1,185 +1,145 @@
-"""What a fused network runs for inference: its own ordinary layers, on a CPU with ReLU inside the convolutions.
+"""What a fused network runs for inference in place of its layers: a program of ordinary layers.
 
-A layer of this package checks its input, turns maps and looks after its filters in every pass, which for a single
-image, or on a GPU, takes a good part of the time. A fused network is a fixed sequence of ordinary layers; that is kept
-beside it, for as long as the network is the one that it was made from. On a CPU the layers must all run dense, as
-ordinary factorised ones are no faster there; on a GPU they may run in any way.
+In every pass, a layer of this package checks its input, changes the layout of maps and compares its parameters with
+those that its filters were made from. For a single image, or on a GPU, that takes a good part of the time. A fused
+network is a fixed sequence of ordinary layers. This sequence is made once and kept for as long as the network stays the
+same (:mod:`gconv.deploy.fingerprint`). On a CPU the convolutions do the ReLU behind them, and all layers must run
+dense, as ordinary factorised layers are no faster there. On a GPU the layers may run in any way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.functional.expansion import has_channels_last_strides, on_tensor_cores
 from gconv.kernels.library import is_supported
 from gconv.kernels.small_conv import is_small, packed_filter, small_conv2d
-from gconv.models.zoo import Model
-from gconv.nn.base import GroupConvBase
-from gconv.nn.separable_conv import SeparableGConv2d
+from gconv.models.networks import Model
 from gconv.system.errors import InputError
 
-from .lowering import plain_of
+from .fingerprint import Fingerprint, can_be_lowered
+from .lowering import lower
 
 
-class InferenceProgram:
-    """What runs in place of a fused network's layers, without gradients; made in the first pass, and again on changes.
+class InferenceExecutor:
+    """Computes the scores of a fused network by its program, in eval mode and without gradients.
 
-    Neither a copy nor a pickle has what was made.
+    The program is made in the first pass, and again after the network has changed. A copy or a pickle of the network
+    makes its own.
+
+    Attributes:
+        program: the one that was made last; None if there was none to make.
     """
 
-    _program: Program | None = None
+    def __init__(self) -> None:
+        self._made: _Made | None = None
 
-    def program(self, net: Model, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What gives the scores of ``x``; None where the layers are to run."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    @property
+    def program(self) -> Program | None:
+        return None if self._made is None else self._made.program
+
+    def __call__(self, net: Model, x: Tensor) -> Tensor | None:
+        """The scores of images ``x``, or None where the layers are to compute them."""
+        if not _is_for_programs(net, x):
             return None
-        if type(x) is not Tensor or net.training or torch.is_grad_enabled():
-            return None
-        if x.dim() != 4 or x.shape[1] != net.spec.in_channels:
-            return None
-        if x.device.type == "cpu":
-            if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-                return None
-        elif not on_tensor_cores(x):
-            return None
-        frozen = self._program  # read once: another thread may replace it
-        if frozen is None or not frozen.is_of(net):
-            self._program = frozen = Program(net)
-        return None if frozen.plain is None else frozen.run
+        made = self._made  # read once: another thread may replace it
+        if made is None or not made.is_current(net):
+            made = self._made = _Made.of(net)
+        return None if made.program is None else made.program(x)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return {"_made": None}
+
+
+def _is_for_programs(net: Model, x: Tensor) -> bool:
+    """Whether this pass is one that a program may do: not in training, under a compiler or in double precision."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if type(x) is not Tensor or net.training or torch.is_grad_enabled():
+        return False
+    if x.dim() != 4 or x.shape[1] != net.spec.in_channels:
+        return False
+    if x.device.type == "cpu":
+        return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return on_tensor_cores(x)
+
+
+class _Made(NamedTuple):
+    """A program, and the network that it was made from.
+
+    Attributes:
+        program: None if the network has a layer without an ordinary counterpart, or cannot be lowered as it is.
+        fingerprint: None if it cannot be lowered as it is.
+    """
+
+    program: Program | None
+    fingerprint: Fingerprint | None
+
+    @classmethod
+    def of(cls, net: Model) -> _Made:
+        if not can_be_lowered(net):
+            return cls(None, None)
+        on_cpu = next(net.parameters()).is_cpu
+        try:
+            program = Program(net, relu_inside=on_cpu)
+        except InputError:  # a layer of another package
+            program = None
+        return cls(program, Fingerprint(net, by_value=on_cpu))
+
+    def is_current(self, net: Model) -> bool:
+        return not can_be_lowered(net) if self.fingerprint is None else self.fingerprint.matches(net)
 
 
 class Program:
-    """The program of a fused network in eval mode, and what it was made from.
+    """The ordinary layers of a fused network, from images to class scores.
+
+    Args:
+        net: a fused network in eval mode.
+        relu_inside: make :attr:`batched` too, which is for a CPU.
 
     Attributes:
-        plain: from images to class scores; None where there is no such program for this network.
+        plain: the layers one after the other.
         batched: the same with ReLU inside the convolutions, for batches on a CPU; None elsewhere.
-        compiled: whether the compiled kernel does all of these, so that it is for a single image too, and for any.
+        compiled: whether the compiled kernel runs all convolutions of ``batched``. Then it is used for single images
+            too, and for images that are not finite.
+
+    Raises:
+        InputError: a layer has no ordinary counterpart.
     """
 
-    def __init__(self, net: Model) -> None:
-        modules = list(net.modules())
-        self.plain: fx.GraphModule | None = None
-        self.batched: fx.GraphModule | None = None
-        self.compiled = False
-        self._fits = _fits(modules)
-        self._by_value = next(net.parameters()).is_cpu
-        if self._fits:
-            try:
-                self.plain = plain_of(net).requires_grad_(False)
-                self.batched = _relu_inside(self.plain) if self._by_value else None
-                self.compiled = self.batched is not None and not any(
-                    isinstance(module, (nn.Conv2d, _ConvReLU)) for module in self.batched.modules()
-                )
-            except InputError:  # a layer of somebody else's
-                self.plain = None
-        # Kept so that a check touches little memory: it comes before every pass.
-        self._net = net
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._norms = [module for module in modules if isinstance(module, _BatchNorm)]
-        self._executions = [(m, m.execution) for m in modules if isinstance(m, SeparableGConv2d)]
-        parts = [part for m in modules for part in (m._modules, m._parameters)] + [m._buffers for m in self._norms]
-        self._parts = [(part, list(part.values())) for part in parts if part]
-        tensors = [value for _, values in self._parts for value in values if isinstance(value, Tensor)]
-        self._tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-        self._places = [tensor.data_ptr() for tensor in self._tensors]
-        # As few comparisons as there are pieces of memory: one, for what fuse made.
-        pieces = {tensor.untyped_storage().data_ptr(): tensor for tensor in self._tensors} if self._by_value else {}
-        flat = [t.detach().new_empty(0).set_(t.untyped_storage()) for t in pieces.values()]
-        self._memory = [(piece, piece.clone()) for piece in flat]
-        self._versions = self._counted() if self._fits and not self._by_value else []
+    def __init__(self, net: Model, *, relu_inside: bool = True) -> None:
+        self.plain = lower(net).requires_grad_(False)
+        self.batched = _with_relu_inside(self.plain) if relu_inside else None
+        self.compiled = self.batched is not None and not any(
+            isinstance(module, (nn.Conv2d, _ConvReLU)) for module in self.batched.modules()
+        )
 
-    def run(self, images: Tensor) -> Tensor:
-        """The class scores; only where there is a program."""
-        inside = self.batched is not None
-        if inside and not self.compiled:
-            # What is not a number is to stay so, and oneDNN's ReLU makes it zero; a sum that overflows is let go too.
-            inside = len(images) >= _BATCH and math.isfinite(images.sum().item())
-        program = self.batched if inside else self.plain
-        assert program is not None
-        scores: Tensor = program(images)
+    def __call__(self, images: Tensor) -> Tensor:
+        """The class scores."""
+        use_batched = self.batched is not None
+        if use_batched and not self.compiled:
+            # oneDNN's ReLU makes zero of NaN, which must stay NaN. A sum that overflows is treated as if it were NaN.
+            use_batched = len(images) >= _BATCH and math.isfinite(images.sum().item())
+        layers = self.batched if use_batched else self.plain
+        assert layers is not None
+        scores: Tensor = layers(images)
         return scores
-
-    def is_of(self, net: Model) -> bool:
-        """Whether the network is still the same: its modules, how they run, and what they hold.
-
-        On a CPU that is compared by value. A GPU would have to be waited for, so there the counters of in-place changes
-        are compared, which do not see those made through ``.data``.
-        """
-        if self._net is not net:
-            return False
-        if not self._fits:
-            return not _fits(list(net.modules()))
-        if any(self._hooks):
-            return False
-        for norm in self._norms:
-            if norm.training:
-                return False
-        for layer, execution in self._executions:
-            if layer.execution != execution:
-                return False
-        for part, values in self._parts:
-            if len(part) != len(values) or not all(map(is_, part.values(), values)):
-                return False
-        if [tensor.data_ptr() for tensor in self._tensors] != self._places:
-            return False
-        if self._by_value:
-            return all(torch.equal(now, copy) for now, copy in self._memory)
-        return self._counted() == self._versions
-
-    def _counted(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors]
-
-
-def _fits(modules: list[nn.Module]) -> bool:
-    """Whether the program would be the network's: nobody trains, watches or computes its parts.
-
-    On a CPU also whether the layers run dense, on finite weights in single precision.
-    """
-    return all(map(_runs_plainly, modules)) and all(
-        type(parameter) is nn.Parameter and (_counts(module) if parameter.is_cuda else _is_usual(parameter))
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-    )
-
-
-def _is_usual(parameter: nn.Parameter) -> bool:
-    return parameter.is_cpu and parameter.dtype is torch.float32 and bool(parameter.isfinite().all())
-
-
-def _counts(module: nn.Module) -> bool:
-    """Whether in-place changes of its tensors are counted, as they are not for those made in inference mode."""
-    return not any(t.is_inference() for ts in (module.parameters(False), module.buffers(False)) for t in ts)
-
-
-def _runs_plainly(module: nn.Module) -> bool:
-    if module.training or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if not isinstance(module, GroupConvBase) or next(module.parameters()).is_cuda:
-        return True
-    runs_in_irreps = module.runs_in_irreps and module.kernel_size != (1, 1)  # of which there are few
-    return module.execution == "dense" and not runs_in_irreps
 
 
 _BATCH = 32
-"""Images from which on the call with ReLU inside, which prepares more, is the faster one."""
+"""With at least this many images, ReLU inside the convolutions is faster, although each call has more to prepare."""
 
 
-def _relu_inside(plain: fx.GraphModule) -> fx.GraphModule | None:
-    """A program of the same layers, with every ReLU that alone reads a convolution done by it, if the backend can.
+def _with_relu_inside(plain: fx.GraphModule) -> fx.GraphModule | None:
+    """The same layers, where a convolution also does the ReLU behind it, if nothing else reads what it gives.
 
-    Convolutions of few channels are the compiled kernel's, also those without ReLU.
+    The compiled kernel runs the convolutions of few channels, also those without ReLU. None if PyTorch was built
+    without oneDNN, which runs the others.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return None

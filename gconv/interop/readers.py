@@ -16,7 +16,7 @@ from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import GROUPS, Group
 from gconv.groups.point_groups import group as find_group
 from gconv.models import checkpoint
-from gconv.models.zoo import Model
+from gconv.models.networks import Model
 from gconv.system.errors import InputError
 from gconv.system.tensor_files import check_finite, read_plain
 

@@ -17,7 +17,8 @@ from gconv.system.files import atomic_path
 from gconv.system.memory import raise_mmap_threshold
 from gconv.system.tensor_files import check_finite, read_plain
 
-from .zoo import Model, ModelSpec, build_model
+from .networks import Model, ModelSpec
+from .zoo import build_model
 
 FORMAT = "gconv-checkpoint"
 VERSION = 1
@@ -109,7 +110,7 @@ def read(path: str | Path) -> Checkpoint:
     if content.get("version") != VERSION:
         raise InputError(f"{path} has checkpoint version {content.get('version')!r}; accepted: {VERSION}")
     try:
-        spec = ModelSpec(**{**content["model"], "widths": tuple(content["model"]["widths"])})
+        spec = ModelSpec.from_dict(content["model"])
         with torch.device("meta"):  # without memory, so that a spec cannot ask for more than the file has weights for
             _check_shapes(_build(spec, content["layers"]), content["state_dict"])
         model = _build(spec, content["layers"])

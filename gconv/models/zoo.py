@@ -1,229 +1,38 @@
-"""The networks of the ICIP 2021 paper, by name, for any group, width and separable form."""
+"""The networks of the ICIP 2021 paper, by name, for any group, width, depth and separable form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeGuard
 
-from torch import Tensor, nn
-
-from gconv.functional.expansion import channels_last, relu
 from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import group
-from gconv.nn.batchnorm import GroupBatchNorm2d
-from gconv.nn.conv import GConv2d, LiftingConv2d
-from gconv.nn.pooling import GroupMaxPool, SpatialMaxPool2d, SpatialMeanPool2d
-from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError, one_of
 
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Everything that rebuilds an untrained model, as plain data.
-
-    Attributes:
-        name: one of ``MODELS``; it decides the architecture and the defaults of the rest.
-        group: one of ``GROUPS``; z2 means plain convolutions.
-        widths: channels of the CNN ``(w,)``, or of a ResNet's three stages.
-        separable: the form of all group-to-group k x k convolutions (one of ``FORMS``), ``c`` for the channel-separable
-            planar network, or None for full filters.
-        in_channels: channels of the input image.
-        classes: number of class scores.
-    """
-
-    name: str
-    group: str
-    widths: tuple[int, ...]
-    separable: str | None
-    in_channels: int
-    classes: int = 10
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {**asdict(self), "widths": list(self.widths)}
+from .networks import CNN, PUBLISHED_DEPTH, SHORTCUTS, Model, ModelSpec, ResNet
 
 
-class Inference(Protocol):
-    """What may run in place of a network's layers."""
+class _Entry(NamedTuple):
+    """A network of the registry: its class, and the spec of the published one."""
 
-    def program(self, net: Model, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What gives the scores of ``x``; None where the layers are to run."""
-
-
-class Model(nn.Module):
-    """A network that knows the spec it was built from."""
-
-    image_size: int
-    _inference: Inference | None = None
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """One image ``(in_channels, H, W)`` at the published size."""
-        return self.spec.in_channels, self.image_size, self.image_size
-
-    @property
-    def fused(self) -> bool:
-        """Whether it has lost batch norms to its convolutions (:func:`gconv.fuse`), so that the spec alone does not
-        tell its architecture."""
-        return self._inference is not None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The class scores of images ``[N, in_channels, H, W]``."""
-        program = None if self._inference is None else self._inference.program(self, x)
-        return self._layers(x) if program is None else program(x)
-
-    def _layers(self, x: Tensor) -> Tensor:
-        """The scores, layer by layer."""
-        raise NotImplementedError
-
-    def run_by(self, inference: Inference) -> None:
-        """Let a program made from this network run in its place where it can; for :func:`gconv.fuse`."""
-        self._inference = inference
-
-    def _conv(self, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> nn.Module:
-        """A convolution from group maps to group maps, in the form that the spec asks for."""
-        if self.spec.group == "z2":
-            if self.spec.separable is None:
-                return nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)
-            # The paper's channel-separable baseline: two ordinary layers, each with its own bias.
-            return nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1),
-                nn.Conv2d(out_channels, out_channels, kernel_size, groups=out_channels, **kwargs),
-            )
-        # A 1x1 filter is its own mix: separating it would only add parameters.
-        if self.spec.separable is None or kernel_size == 1:
-            return GConv2d(in_channels, out_channels, kernel_size, group=self.spec.group, **kwargs)
-        return SeparableGConv2d(
-            in_channels, out_channels, kernel_size, group=self.spec.group, form=self.spec.separable, **kwargs
-        )
-
-    def _first_conv(self, out_channels: int, **kwargs: Any) -> nn.Module:
-        """The convolution on the image; never separable."""
-        if self.spec.group == "z2":
-            return nn.Conv2d(self.spec.in_channels, out_channels, 3, **kwargs)
-        return LiftingConv2d(self.spec.in_channels, out_channels, 3, group=self.spec.group, **kwargs)
+    build: type[Model]
+    spec: ModelSpec
 
 
-def _active(norm: nn.Module, x: Tensor) -> Tensor:
-    """ReLU of the batch norm (or of what stands in its place), by both in one go while training.
-
-    Not where somebody looks at what the batch norm gives, nor for a tracer, which is to see two steps.
-    """
-    both = isinstance(norm, GroupBatchNorm2d) and norm.training and type(x) is Tensor and not norm._forward_hooks
-    return norm(x, relu=True) if both else relu(norm(x))
+def _cnn(name: str, width: int, group: str = "p4", separable: str | None = None) -> _Entry:
+    return _Entry(CNN, ModelSpec(name, group, (width,), separable, in_channels=1))
 
 
-def _convolved(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """A convolution, the batch norm of it and ReLU."""
-    whole = isinstance(norm, nn.Identity) and not norm._forward_hooks and not norm.training
-    return conv(x, relu=True) if whole and _may_do_more(conv, x) else _active(norm, conv(x))
-
-
-def _may_do_more(conv: nn.Module, x: Tensor) -> bool:
-    """Whether a layer may do what comes after it too: nobody looks at what it gives, and no tracer at the steps."""
-    ours = isinstance(conv, (GConv2d, SeparableGConv2d))
-    return ours and type(x) is Tensor and not conv._forward_hooks
-
-
-class CNN(Model):
-    """The seven-layer network of the rotated-MNIST experiments, for 28 x 28 images.
-
-    Convolutions without padding (3x3 six times, 4x4 last), each followed by batch norm and ReLU; 2x2 max pooling after
-    the second; maps 28-26-24-12-10-8-6-4-1. Then the maximum over the group axis and one linear layer: the class
-    scores are invariant under the group. Input ``[N, in_channels, 28, 28]``, output ``[N, classes]``.
-    """
-
-    image_size = 28
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec)
-        (width,) = spec.widths
-        self.conv1 = self._first_conv(width)
-        self.bn1 = GroupBatchNorm2d(width)
-        for i in range(2, 8):
-            self.add_module(f"conv{i}", self._conv(width, width, 4 if i == 7 else 3))
-            self.add_module(f"bn{i}", GroupBatchNorm2d(width))
-        self.pool = SpatialMaxPool2d(2)
-        self.group_pool = nn.Identity() if spec.group == "z2" else GroupMaxPool()
-        self.fc = nn.Linear(width, spec.classes)
-
-    def _layers(self, x: Tensor) -> Tensor:
-        x = channels_last(x)
-        for i in range(1, 8):
-            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
-            # ReLU of the largest is the largest after ReLU, with a quarter of the values left to clamp.
-            x = relu(self.pool(norm(conv(x)))) if i == 2 else _convolved(conv, norm, x)
-        return self.fc(self.group_pool(x).flatten(1))
-
-
-class _Block(nn.Module):
-    """Pre-activation residual block: BN, ReLU, conv, BN, ReLU, conv, plus the identity or a 1x1 convolution."""
-
-    def __init__(self, conv: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = GroupBatchNorm2d(in_channels)
-        self.conv1 = conv(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = GroupBatchNorm2d(out_channels)
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1, bias=False)
-        same = stride == 1 and in_channels == out_channels
-        self.shortcut = None if same else conv(in_channels, out_channels, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = _active(self.bn1, x)
-        passed = x if self.shortcut is None else self.shortcut(active)
-        between = _convolved(self.conv1, self.bn2, active)
-        return self.conv2(between, residual=passed) if _may_do_more(self.conv2, x) else passed + self.conv2(between)
-
-
-class ResNet44(Model):
-    """The 44-layer pre-activation network of the CIFAR-10 experiments: three stages of seven blocks.
-
-    Two consequences of the published architecture, kept as they are: its 3x3 stride-2 layers with padding 1 are not
-    exactly equivariant on even maps (32 and 16 here), and its linear head reads ``channels x |H|`` features, so the
-    class scores are not invariant. Input ``[N, in_channels, H, W]``, output ``[N, classes]``.
-    """
-
-    image_size = 32
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec)
-        first, _, last = spec.widths
-        self.stem = self._first_conv(first, padding=1, bias=False)
-        in_channels = first
-        for stage, width in enumerate(spec.widths, start=1):
-            blocks = []
-            for number in range(7):
-                stride = 2 if stage > 1 and number == 0 else 1
-                blocks.append(_Block(self._conv, in_channels, width, stride))
-                in_channels = width
-            self.add_module(f"stage{stage}", nn.Sequential(*blocks))
-        self.bn = GroupBatchNorm2d(last)
-        self.pool = SpatialMeanPool2d()
-        self.fc = nn.Linear(last * group(spec.group).order, spec.classes)
-
-    def _layers(self, x: Tensor) -> Tensor:
-        x = self.stem(channels_last(x))
-        for stage in (1, 2, 3):
-            x = getattr(self, f"stage{stage}")(x)
-        return self.fc(self.pool(_active(self.bn, x)).flatten(1))
-
-
-def _cnn(name: str, width: int, group: str = "p4", separable: str | None = None) -> tuple[type[Model], ModelSpec]:
-    return CNN, ModelSpec(name, group, (width,), separable, in_channels=1)
-
-
-def _resnet(name: str, *widths: int, group: str = "p4m", separable: str | None = None) -> tuple[type[Model], ModelSpec]:
-    return ResNet44, ModelSpec(name, group, widths, separable, in_channels=3)
+def _resnet(name: str, *widths: int, group: str = "p4m", separable: str | None = None) -> _Entry:
+    return _Entry(
+        ResNet, ModelSpec(name, group, widths, separable, in_channels=3, depth=PUBLISHED_DEPTH, shortcut="raw")
+    )
 
 
 _REGISTRY = {
-    spec.name: (build, spec)
-    for build, spec in (
+    entry.spec.name: entry
+    for entry in (
         _cnn("z2cnn", 20, "z2"),
         _cnn("c-z2cnn", 57, "z2", "c"),
         _cnn("p4cnn", 10),
@@ -245,6 +54,8 @@ def create_model(
     *,
     group: str | None = None,
     width: int | None = None,
+    widths: Sequence[int] | None = None,
+    depth: int | None = None,
     separable: str | None = None,
     in_channels: int | None = None,
     classes: int = 10,
@@ -252,23 +63,30 @@ def create_model(
     """A new, randomly initialised network.
 
     Args:
-        name: one of ``MODELS``, case-insensitive. The published width, group and form are the defaults.
+        name: one of ``MODELS``, case-insensitive. The published widths, depth, group and form are the defaults.
         group: another group (:data:`gconv.GROUPS`).
-        width: another width; the stages of a ResNet get ``(w, 2 w, 4 w)``.
+        width: another width. The stages of a ResNet get ``(w, 2 w, 4 w)``.
+        widths: all widths, in place of ``width``: three for a ResNet, one for a CNN.
+        depth: another depth of a ResNet, 6 n + 2 layers with n blocks in each stage: 8, 14, 20, 26, ...
         separable: another form for the group-to-group layers, one of :data:`gconv.FORMS`.
         in_channels: channels of the input image; by default 1 for the CNNs, 3 for the ResNets.
         classes: number of class scores.
 
     Raises:
-        InputError: an unknown name, group or form, a width below 1, or a separable form on the group z2.
+        InputError: an unknown name, group or form; a width below 1, the wrong number of widths, or both ``width`` and
+            ``widths``; a depth that is not 6 n + 2, or of a CNN; or a separable form on the group z2.
     """
     if not isinstance(name, str) or name.lower() not in _REGISTRY:
         raise one_of("model", name, MODELS)
-    _, spec = _REGISTRY[name.lower()]
-    changes: dict[str, Any] = {"group": group, "separable": separable, "in_channels": in_channels}
+    if width is not None and widths is not None:
+        raise InputError(f"both width={width!r} and widths={widths!r} were given. Give one of them.")
+    spec = _REGISTRY[name.lower()].spec
+    changes: dict[str, Any] = {"group": group, "separable": separable, "in_channels": in_channels, "depth": depth}
     changes = {key: value.lower() if isinstance(value, str) else value for key, value in changes.items()}
     if width is not None:
         changes["widths"] = tuple(width * 2**stage for stage in range(len(spec.widths)))
+    elif widths is not None:
+        changes["widths"] = tuple(widths)
     changed = {key: value for key, value in changes.items() if value is not None}
     return build_model(replace(spec, classes=classes, **changed))
 
@@ -281,15 +99,37 @@ def build_model(spec: ModelSpec) -> Model:
     """
     if spec.name not in _REGISTRY:
         raise one_of("model", spec.name, MODELS)
-    build, default = _REGISTRY[spec.name]
+    build, published = _REGISTRY[spec.name]
     planar = group(spec.group).order == 1
     forms = tuple(FORMS) if not planar else ("c",) if build is CNN else ()
     if spec.separable is not None and spec.separable not in forms:
         raise one_of(f"form (of {spec.name} on {spec.group})", spec.separable, forms or ["none"])
-    if len(spec.widths) != len(default.widths):
-        raise InputError(f"{spec.name} takes {len(default.widths)} widths, got {list(spec.widths)}")
-    sizes = {"width": min(spec.widths), "in_channels": spec.in_channels, "classes": spec.classes}
-    for label, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{label} is {value!r}; accepted: a whole number of at least 1")
-    return build(spec)
+    if len(spec.widths) != len(published.widths):
+        wanted = "one width" if build is CNN else f"{len(published.widths)} widths, one for each stage"
+        raise InputError(f"widths of {spec.name} are {list(spec.widths)}. Give {wanted}.")
+    sizes = [("width", width) for width in spec.widths]
+    sizes += [("in_channels", spec.in_channels), ("classes", spec.classes)]
+    for label, value in sizes:
+        if not _is_count(value):
+            raise InputError(f"{label} is {value!r}. Give a whole number of at least 1.")
+    return build(_checked_resnet(spec) if build is ResNet else _checked_cnn(spec))
+
+
+def _checked_resnet(spec: ModelSpec) -> ModelSpec:
+    """The spec with the published depth and shortcut where it names none."""
+    spec = replace(spec, depth=PUBLISHED_DEPTH if spec.depth is None else spec.depth, shortcut=spec.shortcut or "raw")
+    if not _is_count(spec.depth) or spec.depth < 8 or spec.depth % 6 != 2:
+        raise InputError(f"depth of {spec.name} is {spec.depth!r}. Give 6 n + 2 layers, for example 8, 20, 26 or 44.")
+    if spec.shortcut not in SHORTCUTS:
+        raise one_of("shortcut", spec.shortcut, SHORTCUTS)
+    return spec
+
+
+def _checked_cnn(spec: ModelSpec) -> ModelSpec:
+    if spec.depth is not None or spec.shortcut is not None:
+        raise InputError(f"{spec.name} is a CNN of seven layers. Only ResNets have a depth and a shortcut.")
+    return spec
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

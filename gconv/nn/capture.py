@@ -8,16 +8,44 @@ later, the pass may fail, and often the pass need not go on once everything was 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
 
 from gconv.system.errors import InputError
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether a hook may see what this layer is given or returns, or the gradients of these.
+
+    A layer that is watched must run by itself: not together with what comes after it, and its output must not be
+    changed in place.
+    """
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if own or torch.compiler.is_compiling():  # compilers see global hooks by themselves
+        return bool(own)
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def forward_hooks(layers: Iterable[nn.Module]) -> list[Mapping[int, Any]]:
+    """The tables in which PyTorch keeps the forward hooks of these layers and those of all layers, before and after.
+
+    A table is empty as long as nobody watches. It stays the same object when hooks come and go, so a list that was made
+    once can be looked at again.
+    """
+    own = [table for layer in layers for table in (layer._forward_hooks, layer._forward_pre_hooks)]
+    return [*own, hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
 
 
 class Call(NamedTuple):
@@ -50,7 +78,7 @@ def watch_calls(
         before: called before a layer runs.
         after: called when a layer has run. What it returns, unless None, takes the place of the layer's output.
     """
-    hooks = []
+    handles = []
 
     def on_entry(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert before is not None
@@ -64,13 +92,13 @@ def watch_calls(
         try:
             for layer in dict.fromkeys(layers):
                 if before is not None:
-                    hooks.append(layer.register_forward_pre_hook(on_entry, with_kwargs=True))
+                    handles.append(layer.register_forward_pre_hook(on_entry, with_kwargs=True))
                 if after is not None:
-                    hooks.append(layer.register_forward_hook(on_exit, with_kwargs=True))
+                    handles.append(layer.register_forward_hook(on_exit, with_kwargs=True))
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
 
 @dataclass

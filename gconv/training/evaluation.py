@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from gconv.models.zoo import Model
+from gconv.models.networks import Model
 from gconv.nn.modes import evaluating
 from gconv.system.errors import InputError
 

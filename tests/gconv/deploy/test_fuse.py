@@ -111,7 +111,7 @@ def test_a_fused_network_is_the_same_function(name, dtype, tolerance):
     with torch.no_grad():
         assert off(fused(images), net(images)) < tolerance
     stay = [f"stage{stage}.{block}.bn1" for stage in (1, 2, 3) for block in range(7)] + ["bn"]
-    assert norms(fused) == (stay if "resnet" in name else [])
+    assert norms(fused) == (stay if "resnet" in name else [])  # those of the shortcuts are folded
     assert all(isinstance(fused.get_submodule(name), nn.Identity) for name in set(norms(net)) - set(norms(fused)))
 
 
@@ -172,6 +172,18 @@ def test_layers_that_share_a_weight_are_parted():
     assert off(fuse(net)(images), net(images)) < 1e-12
 
 
+@pytest.mark.parametrize("watched", ["conv3", "bn3"])
+def test_a_watched_pair_is_not_folded_and_its_hook_sees_what_it_saw(watched):
+    net, images = trained(create_model("p4cnn", width=2))
+    seen = []
+    net.get_submodule(watched).register_forward_hook(lambda layer, given, output: seen.append(output.clone()))
+    fused = fuse(net)
+    assert norms(fused) == ["bn3"]
+    with torch.no_grad():
+        assert off(fused(images), net(images)) < 1e-12
+    assert len(seen) == 2 and off(seen[0], seen[1]) < 1e-12
+
+
 # Refusals
 
 
@@ -200,7 +212,7 @@ def test_norms_without_statistics_are_refused(place):
 def test_a_filter_that_is_computed_is_refused(name):
     net = create_model(name, width=1)
     weight_norm(net.conv2)
-    assert "is computed from others; accepted: a parameter" in refused(net)
+    assert "is computed from other parameters. Remove the parametrisation" in refused(net)
 
 
 def test_a_fused_network_has_no_checkpoint(tmp_path):

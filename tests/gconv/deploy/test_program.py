@@ -9,13 +9,14 @@ from torch import nn
 import gconv
 from analysis import convert
 from gconv import MODELS, create_model
+from gconv.deploy.fingerprint import Fingerprint
 from gconv.deploy.fuse import fuse
 from gconv.deploy.program import Program
 from gconv.nn.batchnorm import GroupBatchNorm2d
 
 
-def fused(name="p4cnn", **changes):
-    """A small fused network whose batch norms know some maps, and images."""
+def network(name="p4cnn", **changes):
+    """A small network whose batch norms know some maps, and images."""
     torch.manual_seed(0)
     net = create_model(name, width=changes.pop("width", 3), **changes)
     images = torch.rand(3, *net.input_shape)
@@ -23,13 +24,19 @@ def fused(name="p4cnn", **changes):
         if isinstance(module, GroupBatchNorm2d):
             module.momentum = 1.0
     net.train()(images)
-    return fuse(net.eval()), images
+    return net.eval(), images
+
+
+def fused(name="p4cnn", **changes):
+    """The same, fused."""
+    net, images = network(name, **changes)
+    return fuse(net), images
 
 
 def layers(net, images):
     """The slow twin: layer by layer."""
     with torch.no_grad():
-        return net._layers(images)
+        return net.layer_by_layer(images)
 
 
 def frozen(net, images):
@@ -45,7 +52,7 @@ def test_the_scores_are_those_of_the_layers(name, batch):
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
     irreps = any(getattr(m, "runs_in_irreps", False) and m.kernel_size != (1, 1) for m in net.modules())
     plain = net.spec.separable in (None, "c", "g") and not irreps  # the others do not run as ordinary convolutions
-    assert (net._inference._program.plain is not None) == plain
+    assert (net.executor.program is not None) == plain
 
 
 @pytest.mark.parametrize("group", ["p2", "pm", "pmm", "p4", "p4m"])
@@ -53,15 +60,15 @@ def test_on_any_group_and_with_converted_layers(group):
     net, _ = convert(create_model("p4cnn", width=3, group=group).eval(), "gc", rank=2, execution="dense")
     net, images = fuse(net), torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert net._inference._program.plain is not None
+    assert net.executor.program is not None
 
 
 def test_it_is_made_once():
     net, images = fused()
     frozen(net, images)
-    made = net._inference._program
+    made = net.executor.program
     frozen(net, images)
-    assert net._inference._program is made
+    assert net.executor.program is made
 
 
 def by_data(net):
@@ -110,9 +117,9 @@ def test_a_changed_network_gives_its_new_scores(change):
 def test_a_changed_statistic_is_seen():
     net, images = fused("p4m-resnet44", width=2)
     frozen(net, images)
-    made = net._inference._program
+    made = net.executor.program
     frozen(net, images)
-    assert net._inference._program is made
+    assert net.executor.program is made
     net.bn.running_mean += 1
     torch.testing.assert_close(frozen(net, images), layers(net, images), rtol=1e-5, atol=1e-5)
 
@@ -126,7 +133,7 @@ def test_a_layer_that_is_watched_runs():
     assert seen == [(3, 3, 4, 10, 10)]
     handle.remove()
     frozen(net, images)
-    assert net._inference._program.plain is not None and len(seen) == 1
+    assert net.executor.program is not None and len(seen) == 1
 
 
 def test_a_layer_that_runs_factorized_does():
@@ -135,10 +142,10 @@ def test_a_layer_that_runs_factorized_does():
         if isinstance(layer, gconv.SeparableGConv2d):
             layer.execution = "dense"
     frozen(net, images)
-    assert net._inference._program.plain is not None
+    assert net.executor.program is not None
     net.conv2.execution = "factorized"
     frozen(net, images)
-    assert net._inference._program.plain is None
+    assert net.executor.program is None
 
 
 def test_gradients_doubles_and_training_go_through_the_layers():
@@ -147,7 +154,7 @@ def test_gradients_doubles_and_training_go_through_the_layers():
     assert all(parameter.grad is not None for parameter in net.parameters())
     frozen(net.double(), images.double())
     frozen(net.float().train(), images)
-    assert net._inference._program is None
+    assert net.executor.program is None
 
 
 def test_the_network_keeps_its_gradients():
@@ -177,7 +184,7 @@ def test_a_copy_makes_its_own():
     net, images = fused()
     frozen(net, images)
     twin = deepcopy(net)
-    assert twin._inference._program is None and set(twin.state_dict()) == set(net.state_dict())
+    assert twin.executor.program is None and set(twin.state_dict()) == set(net.state_dict())
     with torch.no_grad():
         twin.fc.bias.add_(1)
     torch.testing.assert_close(frozen(twin, images), frozen(net, images) + 1)
@@ -186,7 +193,7 @@ def test_a_copy_makes_its_own():
 def test_a_network_that_is_not_fused_has_none():
     net = create_model("p4cnn", width=2).eval()
     frozen(net, torch.rand(1, 1, 28, 28))
-    assert net._inference._program is None
+    assert net.executor is None
 
 
 def test_without_onednn_it_is_the_plain_network(monkeypatch):
@@ -205,16 +212,67 @@ def test_batches_run_with_relu_inside_the_convolutions():
     assert {id(p) for p in made.batched.parameters()} == {id(p) for p in made.plain.parameters()}
 
 
-def test_by_counters_as_on_a_gpu_it_sees_what_is_changed_in_place():
-    net, images = fused()
-    made = Program(net)
-    made._by_value, made.batched, made._versions = False, None, made._counted()
-    torch.testing.assert_close(made.run(images), layers(net, images), rtol=1e-5, atol=1e-5)
-    assert made.is_of(net)
+@pytest.mark.parametrize("by_value", [True, False])
+def test_a_fingerprint_sees_what_is_changed(by_value):
+    net, _ = fused()
+    made = Fingerprint(net, by_value=by_value)
+    assert made.matches(net) and not made.matches(deepcopy(net))
     with torch.no_grad():
-        net.conv2.weight.mul_(1)  # the same values, but nobody has looked
-    assert not made.is_of(net)
-    again = Program(net)
-    again._by_value, again._versions = False, again._counted()
-    net.load_state_dict(net.state_dict())
-    assert not again.is_of(net)
+        net.conv2.weight.mul_(1)
+    assert made.matches(net) == by_value  # the values are the same, but only one kind has looked at them
+    made = Fingerprint(net, by_value=by_value)
+    net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
+    assert not made.matches(net)
+
+
+def by_a_forward_of_its_own(net):
+    layer = net.conv3
+    layer.forward = lambda x, **kwargs: 2 * type(layer).forward(layer, x, **kwargs)
+
+
+def by_a_subclass(net):
+    class Doubled(type(net.conv3)):
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    net.conv3.__class__ = Doubled
+
+
+def by_a_hook(net):
+    net.conv3.register_forward_hook(lambda layer, given, output: 2 * output)
+
+
+def by_a_hook_before(net):
+    net.conv3.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+
+
+def by_a_global_hook(net):
+    twice = torch.nn.modules.module.register_module_forward_hook(
+        lambda layer, given, output: 2 * output if layer is net.conv3 else None
+    )
+    return twice.remove
+
+
+OTHER_FUNCTIONS = (by_a_forward_of_its_own, by_a_subclass, by_a_hook, by_a_hook_before, by_a_global_hook)
+
+
+@pytest.mark.parametrize("when", ["before fusing", "after fusing", "after a pass"])
+@pytest.mark.parametrize("change", OTHER_FUNCTIONS)
+def test_a_layer_that_computes_something_else_is_called(change, when):
+    net, images = network()
+    before = layers(net, images)
+    if when != "before fusing":
+        net = fuse(net)
+    if when == "after a pass":
+        frozen(net, images)
+    undo = change(net) or (lambda: None)
+    try:
+        expected = layers(net, images)
+        assert not torch.allclose(before, expected, rtol=1e-3)
+        net = fuse(net) if when == "before fusing" and change is not by_a_global_hook else net
+        torch.testing.assert_close(frozen(net, images), expected, rtol=1e-5, atol=1e-6)
+        if change is not by_a_global_hook:
+            with pytest.raises(gconv.InputError, match="conv3 has "):
+                gconv.to_plain(net)
+    finally:
+        undo()

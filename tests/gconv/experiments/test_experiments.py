@@ -277,8 +277,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_the_command_is_stopped_with_all_that_it_began_and_goes_on(number):
     """Ctrl-C, which a terminal sends to all processes, or SIGTERM to the command alone."""

@@ -128,9 +128,9 @@ def test_a_fused_network_follows_its_parameters(name: str) -> None:
     with torch.no_grad():
         for change in changes:
             change(net)
-            got, expected = net(images), net._layers(images)
+            got, expected = net(images), net.layer_by_layer(images)
             assert (got - expected).norm() <= 2e-2 * expected.norm()
-    assert net._inference._program is not None
+    assert net.executor.program is not None
 
 
 @pytest.mark.parametrize("direction", ["inference", "training"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gconv import GroupBatchNorm2d, InputError, create_model, group
 from gconv.functional.expansion import from_group_major
-from gconv.models import zoo as models
+from gconv.models import networks as models
 from gconv.nn import batchnorm as norm
 
 few = settings(max_examples=25)
