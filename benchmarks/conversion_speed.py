@@ -12,6 +12,7 @@ From the root of the repository, on an otherwise idle machine:
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
@@ -30,12 +31,14 @@ from analysis import convert
 from analysis.conversion.report import random_images
 from analysis.latency.timing import BUDGET_ROUNDS, latency
 from gconv.experiments import tables
+from gconv.system.cli import Parser
 from gconv.system.files import atomic_path
 from gconv.training.datasets import Split
 from gconv.training.loop import environment
 
 from .conversion_runs import CHECKPOINTS, WIDE
 
+PROG = "python -m benchmarks.conversion_speed"
 RECORDS = Path(__file__).parent / "records" / "conversion-speed"
 ENERGY, IMAGES, SHARE, PROCESSES = 0.8, 512, 0.8, 5
 NEAR, PATIENCE = 0.02, 30.0
@@ -165,21 +168,29 @@ def _write(name: str, rows: list[dict[str, Any]]) -> None:
     print(table())
 
 
-def main(argv: list[str]) -> None:
-    if argv == ["resnet"]:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    p = Parser(PROG, "Measure conversions, or print the table of the records.", f"  {PROG} resnet\n  {PROG} table")
+    p.add_argument("action", choices=["resnet", "latency", "table", *IN_PROCESS], metavar="resnet | latency | table")
+    p.add_argument("rest", nargs="*", help=argparse.SUPPRESS)  # of the processes that this one starts
+    args = p.parse_args(argv)
+    if args.action in IN_PROCESS:
+        print(json.dumps(IN_PROCESS[args.action](*args.rest)))
+    elif args.action == "resnet":
         _write("resnet", [_in_process("convert", str(images)) for images in (0, IMAGES)])
-    elif argv == ["latency"]:
+    elif args.action == "latency":
         with tempfile.TemporaryDirectory() as folder:
             _write("latency", [converted(name, folder) for name in (NARROW, WIDE)])
-    elif argv == ["table"]:
-        print(table())
-    elif argv[:1] == ["convert"]:
-        print(json.dumps(resnet(int(argv[1]))))
-    elif argv[:1] == ["measure"]:
-        print(json.dumps(measure(*argv[1:])))
     else:
-        sys.exit("usage: python -m benchmarks.conversion_speed resnet | latency | table")
+        print(table())
+    return 0
 
+
+IN_PROCESS: dict[str, Callable[..., dict[str, Any]]] = {
+    "convert": lambda images: resnet(int(images)),
+    "measure": measure,
+}
+"""By the name of an action, what it does in a process that this module starts."""
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

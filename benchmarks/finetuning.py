@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ import gconv
 from analysis import convert
 from analysis.fitting.distillation import Distillation, DistilledLoss, finetuning_recipe
 from gconv.experiments import tables
-from gconv.system.memory import reuse_freed_memory
 from gconv.training.datasets import Dataset
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import environment, fit
 
 from .conversion_runs import CHECKPOINTS, EPOCHS, HELD_OUT, run_by_default
-from .recording import complete
+from .recording import command
 
+PROG = "python -m benchmarks.finetuning"
 RECORDS = Path(__file__).parent / "records" / "finetuning"
 WORK = Path("out") / "finetuning"
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -168,15 +169,10 @@ def plot() -> Figure:
     return figure
 
 
-def main(argv: list[str]) -> None:
-    if argv == ["run"]:
-        reuse_freed_memory()
-        complete(RUNS, record, "finetuned")
-    elif argv == ["table"]:
-        print(table())
-    else:
-        sys.exit("usage: python -m benchmarks.finetuning run | table")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return command(PROG, argv, runs=RUNS, record=record, shown="finetuned", table=table)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

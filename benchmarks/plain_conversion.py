@@ -11,10 +11,13 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.decompose import main as decompose
+from gconv.system.cli import Parser
 
+PROG = "python -m benchmarks.plain_conversion"
 CHECKPOINT = "checkpoints/p4cnn-rotmnist-regen.pt"
 RECORDS = Path(__file__).parent / "records" / "plain-conversion"
 RUNS = (("g", 3), ("g", 1), ("gc", 1))
@@ -44,11 +47,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["run"]:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    p = Parser(
+        PROG, "Do the conversions that have no report yet, or print the table of those that have.", f"  {PROG} table"
+    )
+    p.add_argument("action", choices=["run", "table"])
+    if p.parse_args(argv).action == "run":
         for form, rank in RUNS:
             if not (RECORDS / f"{form}-{rank}.json").exists():
                 record(form, rank)
-    elif sys.argv[1:] != ["table"]:
-        sys.exit("usage: python -m benchmarks.plain_conversion run|table")
     print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

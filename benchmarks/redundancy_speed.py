@@ -1,8 +1,8 @@
-"""How long the redundancy table takes, and how much longer block by block: ``python benchmarks/redundancy_speed.py``.
+"""The time of the redundancy table, compared with a loop over blocks: ``python -m benchmarks.redundancy_speed``.
 
-The whole table with its default nulls is made for p4m-resnet44. Then the same measures are computed as one would write
-them down first, a Python loop over the blocks with NumPy's SVD, on the same layers with fewer draws; both take turns in
-the same process, each free to use all cores, and medians are compared. The two must agree.
+The whole table with its default nulls is made for p4m-resnet44. With fewer draws, the same measures are also computed
+in the simplest way, by a Python loop over the blocks with NumPy's SVD. All take turns in one process and may use all
+cores, and their medians are compared. Table and loop must give the same values.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from gconv.groups.irreps import irreps
 from gconv.system.cli import Parser, number
 from gconv.system.files import atomic_path, check_output
 
+PROG = "python -m benchmarks.redundancy_speed"
 BUDGET_SECONDS = 15
 BUDGET_RATIO = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and record; 0 if both budgets hold, else 1."""
-    p = Parser("redundancy_speed", __doc__ or "", "  python benchmarks/redundancy_speed.py --json out/speed.json")
-    p.add_argument("--rounds", type=number(int, 1), default=3, help="turns of each, default 3")
-    p.add_argument("--draws", type=number(int, 2), default=5, help="of each null where the two compete, default 5")
+    p = Parser(PROG, __doc__ or "", f"  {PROG} --json out/speed.json")
+    p.add_argument("--rounds", type=number(int, 1), default=3, help="how often each is measured, default 3")
+    p.add_argument(
+        "--draws",
+        type=number(int, 2),
+        default=5,
+        help="draws of each null in the comparison, default 5",
+    )
     p.add_argument("--json", metavar="OUT", help="also write the record here")
     args = p.parse_args(argv)
     if args.json:
@@ -42,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     banks = filter_banks(gconv.create_model("p4m-resnet44"))
-    redundancy(banks[:3], draws=2)  # loads what is loaded on first use
+    redundancy(banks[:3], draws=2)  # so that nothing is imported while time is measured
     runs: dict[str, Callable[[], Any]] = {
         "whole table": lambda: redundancy(banks),
         "table": lambda: redundancy(banks, draws=args.draws),
@@ -89,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def block_by_block(bank: FilterBank, depth: int, draws: int) -> dict[tuple[str, str, int], list[float]]:
-    """The table's measures of one layer, for the trained filter and then each draw: (measure, part, rank) to values."""
+    """The table's measures of one layer, by (measure, part, rank): the trained filter's value, then each draw's."""
     filters = [bank.weight.numpy()]
     for null_number, null in enumerate(NULLS):
         rng = np.random.default_rng([0, depth, null_number])
@@ -157,7 +163,7 @@ def _ranked(found: dict[tuple[str, str, int], float], measure: str, part: str, e
 
 
 def largest_difference(rows: list[dict[str, Any]], loop: list[dict[Any, list[float]]], names: list[str]) -> float:
-    """Between the table's trained values and null means, and the loop's."""
+    """The largest difference between table and loop, over the trained values and the means of the nulls."""
     table = {(row["layer"], row["measure"], row["part"], row["rank"] or 0): row for row in rows}
     differences = []
     for name, found in zip(names, loop, strict=True):

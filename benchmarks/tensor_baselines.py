@@ -1,10 +1,10 @@
-"""What generic compression kits do to a group-equivariant network: decompose its expanded filters as if plain.
+"""Generic compression of a group-equivariant network: its expanded filters are decomposed as those of plain layers.
 
-Such a kit does not know the group. To it a layer from group to group is an ordinary convolution with the expanded
-filter ``[O S, I S, k, k]`` (:func:`gconv.functional.expansion.expand`), which it replaces by a chain of smaller
-ordinary ones.
-The chain has free parameters for all S turned copies, and in general it is no longer equivariant
-(:func:`gconv.equivariance_error` says how far from it). Two decompositions, both fitted by tensorly in float64:
+A library for generic compression does not know the group. It sees a group-to-group layer as an ordinary convolution
+with the expanded filter ``[O S, I S, k, k]`` (:func:`gconv.functional.expansion.expand`), and replaces it by a chain of
+smaller ordinary convolutions. The chain has free parameters for all S transformed copies of a filter, so in general it
+is not equivariant (:func:`gconv.equivariance_error` measures by how much). There are two decompositions, both fitted by
+tensorly in float64:
 
 - *Tucker-2*, on the two channel modes: Kim et al., "Compression of deep convolutional neural networks for fast and
   low power mobile applications", ICLR 2016.
@@ -46,7 +46,7 @@ DAMPING = 1e-10
 class _Chain(nn.Module, ABC):
     """Ordinary convolutions in place of one group convolution: ``[N, I, S, H, W]`` to ``[N, O, S, H', W']``.
 
-    Made on the meta device, where a chain has its shapes and no values (enough to count it); :meth:`fit` fills it.
+    It is made on the meta device, where it has shapes and no values: enough to count it. :meth:`fit` gives it values.
     """
 
     ranks: tuple[int, ...]
@@ -56,25 +56,25 @@ class _Chain(nn.Module, ABC):
         self.ranks = tuple(ranks)
         accepted = self.largest(layer)
         if len(self.ranks) != len(accepted) or not all(1 <= r <= m for r, m in zip(self.ranks, accepted, strict=True)):
-            raise InputError(f"ranks {self.ranks} are out of range; accepted: from 1 to {accepted}")
+            raise InputError(f"ranks {self.ranks} are out of range; accepted: 1 to {accepted}")
         self.out_channels, self.order = layer.out_channels, layer.group.order
         self.convs = self._convolutions(layer).to(layer.weight.dtype)
 
     @classmethod
     @abstractmethod
     def largest(cls, layer: GConv2d) -> tuple[int, ...]:
-        """The largest rank of each kind; with these the decomposition can be exact."""
+        """The largest useful rank of each kind: with these the decomposition can be exact."""
 
     @abstractmethod
     def _convolutions(self, layer: GConv2d) -> nn.Sequential:
-        """The chain, on the meta device; the last convolution has the bias, if the layer has one."""
+        """The chain, on the meta device. The last convolution has the bias, if the layer has one."""
 
     @abstractmethod
     def decompose(self, filter: Tensor) -> list[Tensor]:
-        """The weights of the convolutions, in their order, from an expanded filter ``[O S, I S, k, k]`` in float64."""
+        """The weights of the convolutions in their order, from an expanded filter ``[O S, I S, k, k]`` in float64."""
 
     def fit(self, layer: GConv2d) -> _Chain:
-        """Take the decomposition of the layer's expanded filter and its bias (and its device, type and mode)."""
+        """Take the decomposition of the layer's expanded filter, and the layer's bias, device, dtype and mode."""
         self.to_empty(device=layer.weight.device)
         with torch.no_grad():
             for conv, weight in zip(self.convs, self.decompose(expanded_filter(layer)), strict=True):
@@ -91,7 +91,7 @@ class _Chain(nn.Module, ABC):
 
 
 class Tucker2Conv2d(_Chain):
-    """1x1 from I S to r_in channels, k x k from r_in to r_out, 1x1 from r_out to O S; ranks ``(r_in, r_out)``."""
+    """Ranks ``(r_in, r_out)``: 1x1 from I S to r_in channels, k x k from r_in to r_out, 1x1 from r_out to O S."""
 
     @classmethod
     def largest(cls, layer: GConv2d) -> tuple[int, ...]:
@@ -106,7 +106,10 @@ class Tucker2Conv2d(_Chain):
         )
 
     def decompose(self, filter: Tensor) -> list[Tensor]:
-        """Weights ``[r_in, I S, 1, 1]``, ``[r_out, r_in, k, k]`` and ``[O S, r_out, 1, 1]``; HOOI, from the SVD."""
+        """Weights ``[r_in, I S, 1, 1]``, ``[r_out, r_in, k, k]`` and ``[O S, r_out, 1, 1]``.
+
+        Fitted by higher-order orthogonal iteration, which starts from the SVD.
+        """
         r_in, r_out = self.ranks
         with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
             # One rank may exceed what the other leaves, if that times k k is smaller.
@@ -119,7 +122,7 @@ class Tucker2Conv2d(_Chain):
 
 
 class CPConv2d(_Chain):
-    """1x1 from I S to r channels, then k x 1 and 1 x k on each by itself, 1x1 from r to O S; ranks ``(r,)``."""
+    """Ranks ``(r,)``: 1x1 from I S to r channels, depthwise k x 1, depthwise 1 x k, 1x1 from r to O S."""
 
     @classmethod
     def largest(cls, layer: GConv2d) -> tuple[int, ...]:
@@ -147,15 +150,16 @@ KINDS: dict[str, type[_Chain]] = {"tucker2": Tucker2Conv2d, "cp": CPConv2d}
 
 
 def expanded_filter(layer: GConv2d) -> Tensor:
-    """The layer's filter as a generic kit sees it: ``[O S, I S, k, k]`` in float64, on the CPU."""
+    """The filter of the equivalent ordinary convolution: ``[O S, I S, k, k]`` in float64, on the CPU."""
     return expand(layer.weight.detach(), layer.tables.expansion).double().cpu()
 
 
 def cp_factors(filter: Tensor, rank: int) -> list[Tensor]:
     """The factors ``[O S, r]``, ``[I S, r]``, ``[k, r]`` and ``[k, r]`` of a filter ``[O S, I S, k, k]``.
 
-    Alternating least squares from the SVD, with columns beyond it drawn from a fixed seed; at most ``ITERATIONS``, so
-    not always converged. The four columns of each of the r terms have the same norm, which suits fine-tuning.
+    Fitted by alternating least squares. They start from the SVD; where the rank exceeds it, from random columns of a
+    fixed seed. They stop after ``ITERATIONS``, converged or not. The four columns of each of the r terms get the same
+    norm, which suits fine-tuning.
     """
     norm = filter.norm().item() or 1.0
     with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
@@ -195,7 +199,7 @@ def cp(model: Network, rank: int | Mapping[str, int]) -> Network:
 
 
 def at_parameters(model: Network, kind: str, target: int) -> Network:
-    """The compressed network, at the largest uniform relative rank with at most ``target`` parameters in all.
+    """The compressed network with at most ``target`` parameters, at the largest relative rank, the same in all layers.
 
     Args:
         model: a network with full layers; it is not changed.
@@ -209,7 +213,7 @@ def at_parameters(model: Network, kind: str, target: int) -> Network:
 
 
 def at_macs(model: Network, kind: str, target: int, input_shape: Sequence[int] | None = None) -> Network:
-    """As :func:`at_parameters`, with at most ``target`` multiply-accumulates as executed (:mod:`gconv.models.cost`).
+    """As :func:`at_parameters`, with at most ``target`` multiply-accumulates as executed (:func:`gconv.cost`).
 
     ``input_shape`` is that of one image, by default the model's own.
     """
@@ -218,16 +222,16 @@ def at_macs(model: Network, kind: str, target: int, input_shape: Sequence[int] |
 
 
 def fractions(model: nn.Module, kind: str) -> list[Fraction]:
-    """Every relative rank at which some layer's rank goes up with the next one; from rank 1 everywhere to the last, 1.
+    """All relative ranks that differ in some layer's rank, in ascending order; the last is 1.
 
-    Between two of them the ranks are those of the upper one, so these are all the choices there are.
+    A relative rank between two of them gives the same ranks as the upper one, so there are no other choices.
     """
     largest = {m for layer in _layers(model).values() for m in _kind(kind).largest(layer)}
     return sorted({Fraction(r, m) for m in largest for r in range(1, m + 1)})
 
 
 def ranks_at(model: nn.Module, kind: str, fraction: Fraction | float) -> dict[str, tuple[int, ...]]:
-    """The ranks at a relative rank f, by layer: ``ceil(f m)`` for every kind of rank with the largest value m.
+    """The ranks by layer at a relative rank f: ``ceil(f m)`` for each kind of rank, whose largest value is m.
 
     Tucker-2 has ``m = I S`` and ``O S``; CP has ``m = min(O, I) S k k``, above which no rank helps.
     """
@@ -240,14 +244,14 @@ def largest_fraction(
 ) -> Fraction:
     """The largest relative rank at which ``measure``, an attribute of :class:`gconv.Cost`, is at most ``target``.
 
-    By bisection: no rank, and so no cost, goes down as f goes up. Nothing is decomposed.
+    Found by bisection, as costs never fall when f rises. Nothing is decomposed.
 
     Raises:
         InputError: the target is out of reach even at rank 1, an unknown kind, or no layer to compress.
     """
     size = input_shape or getattr(model, "input_shape", None)
     if not size:
-        raise InputError("the size of an image is unknown; give input_shape, such as (1, 28, 28)")
+        raise InputError("the network does not say the size of an image; give input_shape, such as (1, 28, 28)")
     layers, shapes = _layers(model), copy.deepcopy(model).to("meta")
 
     def total(fraction: Fraction) -> int:
@@ -259,7 +263,7 @@ def largest_fraction(
     fitting = bisect_right(choices, target, key=total)
     if fitting == 0:
         smallest = total(choices[0])
-        raise InputError(f"{measure} of {target:,} are out of reach; accepted: {smallest:,} (rank 1) or more")
+        raise InputError(f"{measure} of {target:,} are out of reach; the least is {smallest:,}, at rank 1")
     return choices[fitting - 1]
 
 
@@ -284,5 +288,5 @@ def _kind(kind: str) -> type[_Chain]:
 def _layers(model: nn.Module) -> dict[str, GConv2d]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, GConv2d) and m.kernel_size[0] > 1}
     if not layers:
-        raise InputError("the network has no full group-to-group layer; accepted: a p2 to p4m network, not separable")
+        raise InputError("the network has no full group-to-group layer; give a p2 to p4m network that is not separable")
     return layers
