@@ -1,4 +1,4 @@
-"""Measuring whether a network commutes with its group, and saying why where it does not."""
+"""Measuring whether a network commutes with its group, and finding the layers that prevent it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gconv.functional.expansion import act
 from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
+from gconv.nn.capture import Call, watch_calls
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,10 @@ class InexactLayer:
     """A layer whose stride samples a map of this size asymmetrically, so that it cannot be exactly equivariant.
 
     Attributes:
-        name: the layer's name in the network (empty for the module itself).
+        name: the layer's name in the network; empty for the module itself.
         size: (H, W) of its input.
         stride: its stride.
-        exact_sizes: the nearest sizes below and above at which every axis would be sampled symmetrically.
+        exact_sizes: the nearest smaller and larger sizes at which every axis is sampled symmetrically.
     """
 
     name: str
@@ -61,9 +62,9 @@ class EquivarianceReport:
 def equivariance_error(module: nn.Module, group: str | Group, input: Tensor) -> EquivarianceReport:
     """How far ``module(g x)`` is from ``g module(x)``, for every g: ``|difference| / |module(x)|``, Euclidean norms.
 
-    Run in the module's present mode, without gradients; use eval mode unless batch norm has no part in it. The
-    output's kind follows from its shape: ``[N, C, S, H, W]`` turns with both axes, ``[N, C, S]`` with the group axis,
-    ``[N, C, H, W]`` with the pixels, and ``[N, classes]`` must not change at all.
+    The module runs in its present mode, without gradients. Use eval mode, unless it has no batch norm. How g acts on
+    the output follows from the output's shape: on ``[N, C, S, H, W]`` it acts on pixels and group axis, on
+    ``[N, C, S]`` on the group axis, on ``[N, C, H, W]`` on the pixels, and ``[N, classes]`` must not change at all.
 
     Args:
         module: a layer or a network.
@@ -73,35 +74,41 @@ def equivariance_error(module: nn.Module, group: str | Group, input: Tensor) -> 
     Raises:
         InputError: an unknown group, or an input that the module does not take.
     """
-    of = find_group(group)
-    names = {layer: name for name, layer in module.named_modules() if hasattr(layer, "kernel_size")}
-    strided = [layer for layer in names if _first(layer.stride) > 1]
-    # Keys of a dict: in the order of the pass, a layer that is used at several sizes once for each.
-    sampled: dict[tuple[Any, tuple[int, int]], None] = {}
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        height, width = inputs[0].shape[-2:]
-        sampled[layer, (height, width)] = None
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in strided]
-    try:
-        with torch.no_grad():
-            reference = module(input)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    inexact = []
-    for layer, size in sampled:
-        at_fault = [n for flips, n in zip(of.reversed_axes(), size, strict=True) if flips and _left_over(layer, n)]
-        if at_fault:
-            inexact.append(InexactLayer(names[layer], size, _first(layer.stride), _exact_sizes(layer, at_fault[0])))
+    acting = find_group(group)
     with torch.no_grad():
-        errors = tuple(_relative(module(act(of, g, input)), _acted(of, g, reference)) for g in range(of.order))
+        reference, sampled = _sampled_sizes(module, input)
+        errors = tuple(
+            _relative(module(act(acting, g, input)), _acted(acting, g, reference)) for g in range(acting.order)
+        )
+    inexact = []
+    for name, layer, size in sampled:
+        at_fault = [n for flips, n in zip(acting.reversed_axes(), size, strict=True) if flips and _left_over(layer, n)]
+        if at_fault:
+            inexact.append(InexactLayer(name, size, _first(layer.stride), _exact_sizes(layer, at_fault[0])))
     return EquivarianceReport(errors, tuple(inexact))
 
 
+def _sampled_sizes(module: nn.Module, input: Tensor) -> tuple[Tensor, list[tuple[str, Any, tuple[int, int]]]]:
+    """The output, and the layers with a stride: name, layer, and the (H, W) that they read, in the order they run.
+
+    A layer that reads maps of several sizes is listed once for each.
+    """
+    names = {layer: name for name, layer in module.named_modules() if hasattr(layer, "kernel_size")}
+    strided = [layer for layer in names if _first(layer.stride) > 1]
+    found: dict[tuple[Any, tuple[int, int]], None] = {}  # in the order of the pass
+
+    def note(call: Call) -> None:
+        if call.input is not None:
+            height, width = call.input.shape[-2:]
+            found[call.layer, (height, width)] = None
+
+    with watch_calls(strided, before=note):
+        output: Tensor = module(input)
+    return output, [(names[layer], layer, size) for layer, size in found]
+
+
 def _acted(group: Group, element: int, y: Tensor) -> Tensor:
-    """The action on an output; one without a plane but with a group axis is seen as a map of a single pixel."""
+    """The action on an output. One with a group axis and no plane is treated as a map of a single pixel."""
     if y.dim() == 3 and y.shape[2] == group.order:
         return act(group, element, y[..., None, None])[..., 0, 0]
     return act(group, element, y)
@@ -121,7 +128,7 @@ def _first(value: Any) -> int:
 
 
 def _left_over(layer: Any, n: int) -> int:
-    """Rows that the last step of a strided window leaves unread; 0 iff the sampling is symmetric."""
+    """Rows behind the last step of a strided window, which it does not read. The sampling is symmetric iff 0."""
     kernel, stride = _first(layer.kernel_size), _first(layer.stride)
     padding, dilation = _first(getattr(layer, "padding", 0)), _first(getattr(layer, "dilation", 1))
     return (n + 2 * padding - dilation * (kernel - 1) - 1) % stride

@@ -1,4 +1,4 @@
-"""The peak memory of a pass: the largest sum of the tensors that are alive at the same time."""
+"""The peak memory of a pass: the largest total size of the tensors that are alive at the same time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gconv.kernels.library import TensorLifetimeMode
 
 
 class _Live(TensorLifetimeMode):
-    """Sums the storages that operations return, from when they appear to when nobody holds them any more."""
+    """Adds up the storages that operations return, each from when it appears to when nothing holds it any more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class _Live(TensorLifetimeMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # or PyTorch would load its compiler, which takes longer than all that is done here
+        return False  # or PyTorch would load its compiler, which takes longer than the pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.live = {key: item for key, item in self.live.items() if not item[0].expired()}
         inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            # A view shares the storage of an input, which is counted already or was there before the pass.
+            # A view shares the storage of an input. That is counted already, or it was there before the pass.
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in inputs:
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
@@ -40,7 +40,7 @@ class _Live(TensorLifetimeMode):
 def forward_memory(model: nn.Module, images: Tensor) -> int:
     """Bytes of the tensors that a forward pass without gradients holds at its peak, beside the weights and its input.
 
-    What an operation needs inside and frees before it returns is not seen.
+    Memory that an operation uses inside, and frees before it returns, is not seen.
     """
     with torch.no_grad(), _Live() as tracker:
         model(images)
@@ -50,7 +50,8 @@ def forward_memory(model: nn.Module, images: Tensor) -> int:
 def training_memory(model: nn.Module, images: Tensor) -> int:
     """Bytes of the tensors that a forward and a backward pass hold at their peak, beside the weights and the input.
 
-    The model in training mode, mean cross-entropy against the first class; its gradients count, and are left on it.
+    The loss is the mean cross-entropy against the first class. The gradients count. The model is left in training mode
+    and with these gradients.
     """
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     model.train().zero_grad(set_to_none=True)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv.functional.form_base import FilterShape
 from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import group
 from gconv.kernels.dispatch import variants
-from gconv.models.cost import cost
-from gconv.models.zoo import MODELS, Model, create_model
+from gconv.models.cost import LayerCost, cost
+from gconv.models.networks import Model
+from gconv.models.zoo import MODELS, create_model
 from gconv.nn.conv import GConv2d, LiftingConv2d
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
@@ -233,11 +239,160 @@ def test_an_unknown_execution_is_refused():
         cost(create_model("p4cnn", width=2), (1, 28, 28), execution="sparse")
 
 
-def test_a_layer_that_runs_twice_is_counted_twice_and_its_parameters_once() -> None:
-    conv = nn.Conv2d(2, 2, 3, padding=1)
-    once, twice = (cost(nn.Sequential(*[conv] * runs), (2, 8, 8)) for runs in (1, 2))
-    assert twice.macs_executed == 2 * once.macs_executed == 2 * 64 * 2 * 2 * 9
-    assert twice.parameters == once.parameters == 2 * 2 * 9 + 2
+# --- what is counted is what is there
+
+
+class Called(nn.Module):
+    """A 3x3 convolution without padding from 2 to 4 channels, called in some way, beside what a network may have."""
+
+    def __init__(self, how: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(2, 4, 3, **kwargs)
+
+    def forward(self, x: Tensor) -> Any:
+        match self.how:
+            case "by keyword":
+                return self.conv(input=x)
+            case "beside a module without arguments":
+                return self.conv(x) + self.position()
+            case "with a tuple as result":
+                return self.conv(x), x
+            case "by its function":
+                return F.conv2d(x, self.conv.weight, self.conv.bias)
+            case "with frames as the batch":
+                return self.conv(torch.cat([x, x, x]))
+        return self.conv(x)
+
+
+class Position(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self) -> Tensor:
+        return self.shift
+
+
+def called(how: str) -> nn.Module:
+    net = Called(how)
+    match how:
+        case "beside a module without arguments":
+            net.position = Position()
+        case "weight norm":
+            parametrizations.weight_norm(net.conv)
+        case "weight norm as it was":
+            with warnings.catch_warnings(action="ignore"):
+                nn.utils.weight_norm(net.conv)
+        case "weight norm without bias":
+            net = Called(how, bias=False)
+            parametrizations.weight_norm(net.conv)
+        case "compiled":
+            return torch.compile(net, backend="eager")
+        case "compiled in place":
+            net.compile(backend="eager")
+            net(torch.zeros(1, 2, 8, 8))
+        case "compiled inside":
+            net.conv = torch.compile(net.conv, backend="eager")
+    return net
+
+
+CALLS = {
+    "plainly": 0,
+    "by keyword": 0,
+    "beside a module without arguments": 4,
+    "with a tuple as result": 0,
+    "by its function": 0,
+    "with frames as the batch": 0,
+    "weight norm": 4,  # a norm for each filter
+    "weight norm as it was": 4,
+    "weight norm without bias": 0,  # four norms more and four biases less
+    "compiled": 0,
+    "compiled in place": 0,
+    "compiled inside": 0,
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_a_convolution_is_counted_however_it_is_called(how: str) -> None:
+    counted = cost(called(how), (2, 8, 8))
+    images = 3 if how == "with frames as the batch" else 1
+    assert counted.macs_executed == counted.macs_published == images * 6 * 6 * (4 * 2 * 9)
+    assert counted.parameters == 4 * 2 * 9 + 4 + CALLS[how]
+    (row,) = (row for row in counted.layers if row.macs_executed)
+    assert row.positions == (images * 8 * 8, images * 6 * 6)
+    assert row.name == {"by its function": "", "compiled inside": "conv._orig_mod"}.get(how, "conv")
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_of_any_dimension_transposed_or_not(dimensions: int, groups: int, transposed: bool) -> None:
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{dimensions}d")
+    layer = kind(4, 6, 3, stride=2, padding=1, groups=groups)
+    counted = cost(layer, (4, *[9] * dimensions))
+    filter = (4 // groups) * 6 * 3**dimensions
+    # A transposed convolution multiplies every pixel that it reads by the filter, an ordinary one every one it writes.
+    out = 17 if transposed else 5
+    assert counted.macs_executed == counted.macs_published == filter * (9 if transposed else out) ** dimensions
+    assert counted.parameters == filter + 6
+    assert counted.layers[0].positions == (9**dimensions, out**dimensions)
+    assert counted.notes == ()
+
+
+@pytest.mark.parametrize("kind", ["planar", "full", "gc"])
+def test_a_layer_that_runs_twice_is_counted_twice_and_its_parameters_once(kind: str) -> None:
+    conv = conv_of(kind)
+    net = nn.Sequential(conv, conv)  # under two names
+    shape = (2, 8, 8) if kind == "planar" else (2, 4, 8, 8)
+    once, twice = cost(conv, shape), cost(net, shape)
+    assert twice.macs_executed == 2 * once.macs_executed > 0
+    assert twice.macs_published == 2 * once.macs_published
+    assert twice.parameters == once.parameters == sum(p.numel() for p in net.parameters())
+    (row,) = twice.layers
+    assert row.positions == (2 * 64, 2 * 64)
+
+
+def conv_of(kind: str) -> nn.Module:
+    match kind:
+        case "planar":
+            return nn.Conv2d(2, 2, 3, padding=1)
+        case "full":
+            return GConv2d(2, 2, 3, padding=1, group="p4")
+    return SeparableGConv2d(2, 2, 3, padding=1, group="p4", form=kind, execution="factorized")
+
+
+@pytest.mark.parametrize("kind", ["planar", "full", "gc"])
+def test_a_parameter_that_two_layers_share_is_counted_once_and_noted(kind: str) -> None:
+    one, other = conv_of(kind), conv_of(kind)
+    name = "mix" if kind == "gc" else "weight"
+    setattr(other, name, getattr(one, name))
+    net = nn.Sequential(one, other)
+    shape = (2, 8, 8) if kind == "planar" else (2, 4, 8, 8)
+    counted, alone = cost(net, shape), cost(one, shape)
+    assert counted.parameters == sum(p.numel() for p in net.parameters())
+    assert [row.parameters for row in counted.layers] == [
+        alone.parameters, alone.parameters - getattr(one, name).numel(),
+    ]  # fmt: skip
+    assert counted.macs_executed == 2 * alone.macs_executed
+    assert counted.notes == (f"1.{name} is 0.{name}, and is counted there",)
+
+
+def test_layers_that_forward_does_not_call_are_listed_with_their_parameters() -> None:
+    net = create_model("p4cnn", width=2)
+    plain = cost(net, (1, 28, 28))
+    net.auxiliary = nn.Sequential(GConv2d(2, 3, 3, group="p4"), nn.ReLU(), nn.Linear(5, 7))
+    counted = cost(net, (1, 28, 28))
+    assert counted.layers[: len(plain.layers)] == plain.layers
+    assert counted.layers[len(plain.layers) :] == (
+        LayerCost("auxiliary.0", "GConv2d", 2 * 3 * 4 * 9 + 3, 0, 0, (0, 0)),
+        LayerCost("auxiliary.2", "Linear", 5 * 7 + 7, 0, 0, (0, 0)),
+    )
+    assert counted.parameters == sum(p.numel() for p in net.parameters())
+    assert counted.notes == (
+        "auxiliary.0 (GConv2d) was not called; its parameters are counted",
+        "auxiliary.2 (Linear) was not called; its parameters are counted",
+    )
 
 
 @pytest.mark.parametrize(("name", "giga"), [("p4m", 3.07), ("g-p4m", 2.09), ("gc-p4m", 2.21)])
