@@ -93,12 +93,19 @@ def from_group_major(x: Tensor, order: int) -> Tensor:
 
 def is_strictly_channels_last(x: Tensor) -> bool:
     """Whether a planar map lies in memory channels-last and in no other order (one pixel or channel is both)."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return _is_channels_last(x) and not x.is_contiguous()
 
 
 def has_channels_last_strides(x: Tensor) -> bool:
     """The same, where a map of one channel or pixel counts by its strides."""
-    return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.stride(1) == 1 and _is_channels_last(x)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    try:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # torch.vmap answers for contiguous maps only
+        return False
 
 
 def is_group_major(x: Tensor) -> bool:
@@ -132,7 +139,18 @@ def on_tensor_cores(x: Tensor) -> bool:
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
-    return half or (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)
+    return half or (x.dtype == torch.float32 and is_tf32_allowed())
+
+
+def is_tf32_allowed() -> bool:
+    """Whether convolutions of float32 maps may round to TF32, by whichever interface of PyTorch that was set.
+
+    PyTorch 2.9 replaced ``torch.backends.cudnn.allow_tf32`` by ``torch.backends.cudnn.conv.fp32_precision``. It raises
+    an error when the former is read after the latter was written.
+    """
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -146,8 +164,13 @@ def channels_last(x: Tensor) -> Tensor:
         return x
     if not (x.device.type == "cpu" and x.dtype == torch.float32) and not on_tensor_cores(x):
         return x
-    # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
-    return x if is_strictly_channels_last(x) else x.clone(memory_format=torch.channels_last)
+    if is_strictly_channels_last(x):
+        return x
+    try:
+        # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
+        return x.clone(memory_format=torch.channels_last)
+    except RuntimeError:  # torch.vmap has contiguous maps only
+        return x
 
 
 def relu(x: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ class RotatedPerOutput(Form):
 
         # One input element after the other: all at once would need maps S times the size.
         total = reduce(torch.add, map(of_element, x.chunk(s, 1), w.chunk(s), d.chunk(s)))
-        return total if bias is None else total + bias.view(-1, 1, 1)
+        return _biased(total, bias)
 
 
 FORMS: dict[str, Form] = {
@@ -283,8 +283,12 @@ def _channel_major(x: Tensor, order: int) -> Tensor:
 
 def _group_major(x: Tensor, order: int, bias: Tensor | None) -> Tensor:
     """The inverse, and a bias ``[S O]`` added."""
-    x = to_group_major(x.unflatten(1, (-1, order)))
-    return x if bias is None else x + bias.view(-1, 1, 1)
+    return _biased(to_group_major(x.unflatten(1, (-1, order))), bias)
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    # Under autocast the maps are in half precision and the bias is not. A convolution gives half precision then.
+    return x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:

@@ -66,7 +66,8 @@ def is_supported(x: Tensor, *parameters: Tensor | None) -> bool:
         if t is not None and not (t.is_cpu and t.dtype is torch.float32):
             return False
     forward_mode = forward_ad._current_level >= 0
-    if forward_mode or torch._C._functorch.is_functorch_wrapped_tensor(x) or torch.is_autocast_enabled("cpu"):
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # then any of the tensors may be a wrapper
+    if forward_mode or transformed or torch.is_autocast_enabled("cpu"):
         return False
     return not torch._C._len_torch_dispatch_stack() or isinstance(_get_current_dispatch_mode(), TensorLifetimeMode)
 

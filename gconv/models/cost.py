@@ -101,6 +101,9 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
     """
     if execution is not None:
         check_execution(execution)
+        for layer in model.modules():
+            if isinstance(layer, GroupConvBase):
+                layer.macs(execution)  # a form may not have it
     model = getattr(model, "_orig_mod", model)  # the network in a compiled one
     like = next(model.parameters(), torch.empty(0))
     counter = _Counter(execution)

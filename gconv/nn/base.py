@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gconv.functional.expansion import (
     Sampling,
     Tables,
     expand,
     from_group_major,
+    gconv2d,
     has_channels_last_strides,
     to_group_major,
 )
@@ -30,6 +33,7 @@ from gconv.kernels.small_conv import convolve
 from gconv.system.errors import InputError
 
 from .packed_weights import PackedCache, PackedWeights, RunConfig
+from .symbolic import is_proxy, is_traced_alone, node_of
 
 _PIXELS = FORMS["gc_in"]
 
@@ -47,10 +51,10 @@ class GroupConvBase(nn.Module, ABC):
         execution: ``"dense"``, ``"factorized"`` or ``"irrep"``; dense but for some separable layers.
     """
 
-    execution: Execution = "dense"
     bias: nn.Parameter | None
     weight: Any  # the generator
     _factors: ClassVar[tuple[str, ...]]  # the names of the filter's parameters
+    _execution: Execution = "dense"
     _cache: PackedCache | None = None
     _expansion: Tensor
     _relative: Tensor
@@ -68,10 +72,13 @@ class GroupConvBase(nn.Module, ABC):
         bias: bool = True,
         *,
         group: str | Group,
+        groups: int = 1,
+        padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._refuse_options(bias, groups, padding_mode)
         self.in_channels = _at_least(1, "in_channels", in_channels)
         self.out_channels = _at_least(1, "out_channels", out_channels)
         self.kernel_size = _square(1, "kernel_size", kernel_size)
@@ -119,18 +126,81 @@ class GroupConvBase(nn.Module, ABC):
         return 0, self.dense_macs
 
     @property
+    def execution(self) -> Execution:
+        """How the layer computes its output: ``"dense"``, ``"factorized"`` or ``"irrep"``.
+
+        Raises:
+            InputError: on assignment of a value that the layer does not have.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: str) -> None:
+        self._execution = self._checked_execution(execution)
+
+    def _checked_execution(self, execution: str) -> Execution:
+        if execution != "dense":
+            raise InputError(f"{type(self).__name__} has no execution {execution!r}; accepted: dense")
+        return "dense"
+
+    def _refuse_options(self, bias: object, groups: object, padding_mode: object) -> None:
+        """Raise InputError for the options of ``nn.Conv2d`` that these layers do not have."""
+        name = type(self).__name__
+        if not isinstance(bias, (bool, np.bool_)):
+            where = "After dilation comes bias, not groups as in nn.Conv2d"
+            raise InputError(f"bias of {name} is {bias!r}; give True or False. {where}")
+        if groups != 1:
+            way = 'SeparableGConv2d with form="gc" has fewer parameters too'
+            raise InputError(f"{name} has no channel groups, got groups={groups!r}; leave groups out. {way}")
+        if padding_mode != "zeros":
+            way = f"pad its input with torch.nn.functional.pad(x, (p, p, p, p, 0, 0), mode={padding_mode!r}) instead"
+            raise InputError(f"{name} pads with zeros only, got padding_mode={padding_mode!r}; {way}")
+
+    @property
     def tables(self) -> Tables:
-        """The index tables of this layer's group and kernel size, on its device."""
-        return Tables(self._expansion, self._relative, self._pixels)
+        """The index tables of this layer's group and kernel size, on the device of its parameters."""
+        return self._tables_at(next(self.parameters()).device)
+
+    def _tables_at(self, device: torch.device) -> Tables:
+        # A layer on the meta device may run with parameters of another one, put in place by functional_call.
+        here = self._pixels.device == device
+        return Tables(self._expansion, self._relative, self._pixels) if here else self._new_tables(device)
 
     def _new_tables(self, device: torch.device | str | None) -> Tables:
         return Tables.build(self.group, self.kernel_size[0], lifting=self._lifting, device=device)
 
-    def _reset_shared(self) -> None:
-        """The bias as ``nn.Conv2d`` draws it; the tables anew, as they hold nothing after ``to_empty()``."""
+    def _fill_tables(self, device: torch.device) -> None:
         self._cache = None  # made with the former tables
-        for name, table in self._new_tables(self._expansion.device)._asdict().items():
+        for name, table in self._new_tables(device)._asdict().items():
             setattr(self, f"_{name}", table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Every move of a module, be it to a device, a type or a memory format."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            try:
+                return fn(tensor)
+            except RuntimeError:
+                # channels_last, which is for maps of 4 axes. Factors and generators of 5 axes keep their order.
+                if tensor.dim() != 5:
+                    raise
+                return fn(tensor.flatten(1)).view(tensor.shape)
+
+        before = self._pixels
+        super()._apply(moved, recurse)
+        if self._pixels is not before:  # to_empty() gives memory without values
+            self._fill_tables(self._pixels.device)
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        # A layer on the meta device gets parameters of another device with assign=True. No state dict has the tables.
+        for parameter in self.parameters(recurse=False):
+            if parameter.device != self._pixels.device:
+                self._fill_tables(parameter.device)
+
+    def _reset_bias(self) -> None:
+        """Draw the bias as ``nn.Conv2d`` does."""
         if self.bias is not None:
             bound = 1 / math.sqrt(self.fan_in)
             nn.init.uniform_(self.bias, -bound, bound)
@@ -147,6 +217,8 @@ class GroupConvBase(nn.Module, ABC):
         Raises:
             InputError: the input's shape does not fit.
         """
+        if is_proxy(x):
+            return self._node(x, residual, relu)
         self._check_input(x)
         if x.dim() == 4 and not self._lifting:
             x = x.unsqueeze(2)
@@ -154,18 +226,25 @@ class GroupConvBase(nn.Module, ABC):
         kernel = None if parameters is None else self._kernel_for(x, parameters)
         if kernel is None:
             planar = to_group_major(x)
-            prepared = self._prepared(RunConfig(self.execution, has_channels_last_strides(planar)), parameters)
+            prepared = self._prepared(RunConfig(self._execution, has_channels_last_strides(planar)), parameters)
             y = from_group_major(self._run(planar, prepared), self.group.order)
         elif kernel.can_fuse_add(residual, x):
             if torch.is_grad_enabled():
                 y, residual = kernel.run(x, *self._kernel_parameters(), self.bias, residual), None
             else:
-                (packed,) = self._prepared(RunConfig(self.execution, True, kernel), parameters).filters
+                (packed,) = self._prepared(RunConfig(self._execution, True, kernel), parameters).filters
                 return kernel.forward(x, packed, residual, relu)
         else:
             y = self.forward(x)
         y = y if residual is None else y + residual
         return relu_of(y) if relu else y
+
+    def _node(self, x: Any, residual: Any, relu: Any) -> Any:
+        """The layer in a graph of ``torch.fx``; on its own it is its definition, a function of its parameters."""
+        if is_traced_alone(self, x):
+            return _by_definition(x, self.weight, self.bias, self.group.name, self.sampling, residual, relu)
+        overridden = type(self).forward is not GroupConvBase.forward
+        return node_of(self, x, _forward_without_hooks, overridden, residual=residual, relu=relu)
 
     @abstractmethod
     def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
@@ -173,7 +252,7 @@ class GroupConvBase(nn.Module, ABC):
 
     def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
         """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
-        return expand(weight, self._expansion, group_major=True, channels_last=channels_last)
+        return expand(weight, self._tables_at(weight.device).expansion, group_major=True, channels_last=channels_last)
 
     def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:
         """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
@@ -189,7 +268,7 @@ class GroupConvBase(nn.Module, ABC):
     @property
     def runs_in_irreps(self) -> bool:
         """Whether the compiled kernel, where it is, is to run the whole filter as mixes of pixels; see GConv2d."""
-        whole = self.execution == "dense" and not self._lifting
+        whole = self._execution == "dense" and not self._lifting
         return whole and mixes_pay(self.group, self.filter_shape)
 
     def _kernel(self) -> Kernel | None:
@@ -203,7 +282,7 @@ class GroupConvBase(nn.Module, ABC):
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
         """The mix and the planar kernels that it takes."""
         o, i, s, k = self.filter_shape
-        mix = _PIXELS.fold(self.weight, self._pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
+        mix = _PIXELS.fold(self.weight, self.tables.pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
         pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
         return mix, pixels
 
@@ -290,6 +369,27 @@ class GroupConvBase(nn.Module, ABC):
             value = getattr(self, name)[0]
             text += "" if value == default else f", {name}={value}"
         return text + ("" if self.bias is not None else ", bias=False")
+
+
+def _forward_without_hooks(
+    layer: GroupConvBase, x: Tensor, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    return GroupConvBase.forward(layer, x, residual=residual, relu=relu)
+
+
+@fx.wrap
+def _by_definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: str,
+    sampling: Sampling,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    y = gconv2d(x, weight, bias, group, sampling)
+    y = y if residual is None else y + residual
+    return relu_of(y) if relu else y
 
 
 def _at_least(low: int, name: str, value: object) -> int:

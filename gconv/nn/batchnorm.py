@@ -21,6 +21,8 @@ from gconv.kernels.library import is_supported
 from gconv.system.distributed import processes, sum_over_processes
 from gconv.system.errors import InputError
 
+from .symbolic import is_proxy, is_traced_alone, node_of
+
 _aten = torch.ops.aten
 
 
@@ -39,6 +41,8 @@ class GroupBatchNorm2d(_BatchNorm):
             InputError: the input is not a map.
             ValueError: as of ``nn.BatchNorm2d``, in training on a single value per channel.
         """
+        if is_proxy(input):
+            return self._node(input, relu)
         if input.dim() not in (4, 5):
             raise InputError(f"GroupBatchNorm2d got an input of shape {list(input.shape)}; accepted: [N, C, S, H, W]")
         x = to_group_major(input)
@@ -54,6 +58,13 @@ class GroupBatchNorm2d(_BatchNorm):
             y = super().forward(input)
             return relu_of(y) if relu else y
         return y.view(input.shape) if order == 1 else from_group_major(y, order)
+
+    def _node(self, x: Any, relu: Any) -> Any:
+        """The layer in a graph of ``torch.fx``."""
+        if is_traced_alone(self, x):
+            raise InputError("torch.fx traces a GroupBatchNorm2d only inside a network; trace an nn.Sequential of it")
+        overridden = type(self).forward is not GroupBatchNorm2d.forward
+        return node_of(self, x, _forward_without_hooks, overridden, relu=relu)
 
     def _eval_forward(self, x: Tensor, order: int, relu: bool) -> Tensor:
         """By the running statistics."""
@@ -88,6 +99,10 @@ class GroupBatchNorm2d(_BatchNorm):
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(var * (count / (count - 1)), momentum)
         return y
+
+
+def _forward_without_hooks(layer: GroupBatchNorm2d, x: Tensor, relu: bool = False) -> Tensor:
+    return GroupBatchNorm2d.forward(layer, x, relu)
 
 
 def _elements_as_images(x: Tensor, order: int) -> Tensor:

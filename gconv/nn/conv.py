@@ -26,7 +26,7 @@ class FullConvBase(GroupConvBase):
         """Draw weight and bias uniformly from ``+- 1 / sqrt(fan_in)``, fan_in counting the group axis."""
         bound = 1 / math.sqrt(self.fan_in)
         nn.init.uniform_(self.weight, -bound, bound)
-        self._reset_shared()
+        self._reset_bias()
 
     def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
         return (self._expanded(self.weight, how.channels_last),)

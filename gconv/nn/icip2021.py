@@ -6,7 +6,9 @@ maps, the others map group to group; prefix ``g`` or ``gc`` is the separable for
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from .conv import GConv2d, LiftingConv2d
 from .separable_conv import SeparableGConv2d
@@ -29,9 +31,15 @@ class _Signature:
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] = 0,
         bias: bool = True,
+        *,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        more: dict[str, Any] = {"groups": groups, "padding_mode": padding_mode, "device": device, "dtype": dtype}
         super().__init__(  # type: ignore[call-arg]  # the layer class that comes next
-            in_channels, out_channels, kernel_size, stride, padding, bias=bias, **self._fixed
+            in_channels, out_channels, kernel_size, stride, padding, bias=bias, **self._fixed, **more
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gconv.functional.expansion import from_group_major, to_group_major
 from gconv.system.errors import InputError
@@ -13,14 +13,14 @@ class GroupMaxPool(nn.Module):
     """Maximum over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``, on which only pixels move."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _with_group_axis(self, x).amax(2)
+        return _group_max(x)
 
 
 class GroupMeanPool(nn.Module):
     """Mean over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _with_group_axis(self, x).mean(2)
+        return _group_mean(x)
 
 
 class SpatialMaxPool2d(nn.Module):
@@ -40,17 +40,10 @@ class SpatialMaxPool2d(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.max_pool2d(to_group_major(x), self.kernel_size, self.stride, self.padding)
-        return from_group_major(y, x.shape[2]) if x.dim() == 5 else y
+        return _spatial_max(x, self.kernel_size, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-
-
-def _with_group_axis(pool: nn.Module, x: Tensor) -> Tensor:
-    if x.dim() != 5:
-        raise InputError(f"{type(pool).__name__} got an input of shape {list(x.shape)}; accepted: [N, C, S, H, W]")
-    return x
 
 
 class SpatialMeanPool2d(nn.Module):
@@ -58,3 +51,29 @@ class SpatialMeanPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((-2, -1))
+
+
+# Functions of their own, which torch.fx takes as they are: it cannot follow a choice by the shape of a map.
+
+
+@fx.wrap
+def _group_max(x: Tensor) -> Tensor:
+    _check_group_axis("GroupMaxPool", x)
+    return x.amax(2)
+
+
+@fx.wrap
+def _group_mean(x: Tensor) -> Tensor:
+    _check_group_axis("GroupMeanPool", x)
+    return x.mean(2)
+
+
+@fx.wrap
+def _spatial_max(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    y = F.max_pool2d(to_group_major(x), kernel_size, stride, padding)
+    return from_group_major(y, x.shape[2]) if x.dim() == 5 else y
+
+
+def _check_group_axis(pool: str, x: Tensor) -> None:
+    if x.dim() != 5:
+        raise InputError(f"{pool} got an input of shape {list(x.shape)}; accepted: [N, C, S, H, W]")

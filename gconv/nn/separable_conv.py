@@ -56,6 +56,8 @@ class SeparableGConv2d(GroupConvBase):
         form: str | Form = "gc",
         rank: int = 1,
         execution: str | None = None,
+        groups: int = 1,
+        padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +73,8 @@ class SeparableGConv2d(GroupConvBase):
             dilation,
             bias,
             group=group,
+            groups=groups,
+            padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
@@ -78,7 +82,10 @@ class SeparableGConv2d(GroupConvBase):
         if execution is None:
             sizes = self.out_channels, self.in_channels, self.stride[0]
             execution = self.default_execution(self.form, self.group, *sizes)
-        self.execution = check_execution(execution, self.form)
+        self.execution = execution
+
+    def _checked_execution(self, execution: str) -> Execution:
+        return check_execution(execution, self.form)
 
     @staticmethod
     def default_execution(form: Form, group: Group, out_channels: int, in_channels: int, stride: int = 1) -> Execution:
@@ -100,7 +107,7 @@ class SeparableGConv2d(GroupConvBase):
         Each factor is drawn as the convolution that it runs as would be; then both are scaled alike, so that the mean
         square of the filter is exactly ``1 / (3 fan_in)``, the variance that ``nn.Conv2d`` draws with.
         """
-        self._reset_shared()  # first: after to_empty() there are no tables, and a filter is built below
+        self._reset_bias()
         fan_ins = self.form.fan_ins(self.filter_shape, self.rank)
         for factor, fan_in in zip((self.mix, self.spatial), fan_ins, strict=True):
             nn.init.uniform_(factor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
@@ -114,36 +121,36 @@ class SeparableGConv2d(GroupConvBase):
     @property
     def weight(self) -> Tensor:
         """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
-        return self.form.generator(self.mix, self.spatial, self.filter_shape, self._pixels)
+        return self.form.generator(self.mix, self.spatial, self.filter_shape, self.tables.pixels)
 
     def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
-        if self.execution == "dense":
+        if self._execution == "dense":
             return (self._expanded(self.weight, how.channels_last),)
-        basis = self._basis_for(self.execution)
+        mix, spatial = self.mix, self.spatial
+        basis = self._basis_for(self._execution)
         if basis is not None and torch.compiler.is_compiling():
             # Without the compiled kernel they pay only where there are many channels.
             basis = basis if basis.pays(self.out_channels, self.in_channels) else None
         elif basis is not None:
             # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
-            direct = on_tensor_cores(self.mix)
-            basis = None if direct else basis_on(self.group, self.mix.device, self.mix.dtype)
-        return self.form.filters(self.mix, self.spatial, self.tables, basis)
+            basis = None if on_tensor_cores(mix) else basis_on(self.group, mix.device, mix.dtype)
+        return self.form.filters(mix, spatial, self._tables_at(mix.device), basis)
 
     def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:
-        if self.execution == "dense":
+        if self._execution == "dense":
             return super()._run(x, prepared)
         w, d = prepared.filters
         return self.form.run(x, w, d, prepared.bias, self.filter_shape, self.rank, self.sampling)
 
     def _kernel(self) -> Kernel | None:
-        if self.execution == "dense" or "irrep" not in self.form.executions:
+        if self._execution == "dense" or "irrep" not in self.form.executions:
             return super()._kernel()
         o, i, s, k = self.filter_shape
         sizes = Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
-        return kernel_of(self.group, sizes, self.execution == "irrep", self.bias is not None)
+        return kernel_of(self.group, sizes, self._execution == "irrep", self.bias is not None)
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
-        return super()._kernel_parameters() if self.execution == "dense" else (self.mix, self.spatial)
+        return super()._kernel_parameters() if self._execution == "dense" else (self.mix, self.spatial)
 
     def _basis_for(self, execution: str) -> Basis | None:
         return self._basis if execution == "irrep" else None
@@ -189,7 +196,7 @@ class SeparableGConv2d(GroupConvBase):
             InputError: the layer does not map group to group, the rank is out of range, or its weight is not finite.
         """
         _check_separable(layer)
-        mix, spatial = form_named(form).factor(layer.weight, rank, layer._pixels)
+        mix, spatial = form_named(form).factor(layer.weight, rank, layer.tables.pixels)
         return SeparableGConv2d.from_factors(layer, form, mix, spatial, execution=execution)
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Expansion, convolution and action against twins that only turn pictures and know no index table."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from gconv.functional.expansion import (
     expand,
     from_group_major,
     is_strictly_channels_last,
+    is_tf32_allowed,
     relu,
     to_group_major,
     to_planar,
@@ -168,3 +171,54 @@ def test_the_view_of_a_single_image_stays_channels_last():
     planar = torch.randn(1, 12, 5, 5).contiguous(memory_format=torch.channels_last)
     again = to_group_major(from_group_major(planar, 4))
     assert again.equal(planar) and again.stride() == planar.stride() and again.data_ptr() == planar.data_ptr()
+
+
+@pytest.fixture
+def precision():
+    """PyTorch's settings of the precision of float32, by the names below."""
+    b = torch.backends
+    owners = {"all": b, "cudnn": b.cudnn, "conv": b.cudnn.conv, "rnn": b.cudnn.rnn, "matmul": b.cuda.matmul}
+    before = {name: owner.fp32_precision for name, owner in owners.items()}
+    yield owners
+    b.cudnn.allow_tf32 = True
+    for name, owner in owners.items():
+        owner.fp32_precision = before[name]
+    assert b.cudnn.allow_tf32  # both interfaces agree again
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older interface only")
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ([], True),
+        ([("older", False)], False),
+        ([("older", False), ("older", True)], True),
+        ([("conv", "ieee")], False),
+        ([("conv", "tf32")], True),
+        ([("cudnn", "ieee"), ("conv", "none")], False),
+        ([("cudnn", "tf32"), ("conv", "none")], True),
+        ([("all", "ieee"), ("conv", "none")], False),
+        ([("all", "tf32"), ("conv", "none")], True),
+        ([("all", "ieee"), ("conv", "tf32")], True),
+        ([("all", "tf32"), ("conv", "ieee")], False),
+        ([("older", True), ("conv", "ieee")], False),
+        ([("conv", "ieee"), ("rnn", "tf32")], False),
+        ([("conv", "tf32"), ("rnn", "ieee")], True),
+    ],
+    ids=str,
+)
+def test_tf32_is_read_by_whichever_interface_it_was_set(precision, settings, allowed):
+    for name, value in settings:
+        if name == "older":
+            torch.backends.cudnn.allow_tf32 = value
+        else:
+            precision[name].fp32_precision = value
+    assert is_tf32_allowed() is allowed
+
+
+def test_tf32_is_read_in_a_pytorch_with_the_older_interface_only(monkeypatch):
+    older = types.SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr(torch.backends, "cudnn", older)
+    assert not is_tf32_allowed()
+    older.allow_tf32 = True
+    assert is_tf32_allowed()

@@ -399,3 +399,19 @@ def test_layers_that_forward_does_not_call_are_listed_with_their_parameters() ->
 def test_the_resnets_macs_are_those_that_the_readme_states(name, giga):
     total = cost(create_model(f"{name}-resnet44"), (3, 32, 32)).macs_published
     assert round(total / 1e9, 2) == giga
+
+
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if "irrep" not in form.executions])
+def test_an_execution_that_a_form_does_not_have_is_named_and_not_the_shape(form: str) -> None:
+    net = create_model("g-p4cnn", width=2, separable=form)
+    with pytest.raises(InputError) as error:
+        cost(net, net.input_shape, execution="irrep")
+    words = f"form {form!r} has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+    assert str(error.value) == words
+    layers = [layer for layer in net.modules() if isinstance(layer, SeparableGConv2d)]
+    assert len(layers) == 6
+    for layer in layers:
+        with pytest.raises(InputError) as error:
+            layer.execution = "irrep"
+        assert str(error.value) == words
+        assert layer.execution == FORMS[form].default_execution

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+import gconv
 from gconv import FORMS, GROUPS, GConv2d, InputError, LiftingConv2d, SeparableGConv2d, gconv2d, group
 from gconv.functional.expansion import Sampling, has_channels_last_strides, to_group_major
 
@@ -329,19 +330,6 @@ def test_dtype_and_device_reach_every_parameter(kind):
 
 
 @every_kind
-def test_a_layer_made_without_memory_works_once_it_is_given_some(kind):
-    layer = make(kind, 2, 3, 3, device="meta")
-    assert layer(torch.empty(1, *layer.filter_shape[1:3], 5, 5, device="meta")).shape == (1, 3, 4, 3, 3)
-    layer.to_empty(device="cpu")
-    for tensor in layer.buffers():
-        tensor.fill_(2**40)  # what to_empty() leaves is arbitrary
-    layer.reset_parameters()
-    real = make(kind, 2, 3, 3)
-    real.load_state_dict(layer.state_dict())
-    assert layer(x := map_for(layer)).equal(real(x))
-
-
-@every_kind
 def test_the_state_dict_holds_parameters_only_in_every_mode_and_after_a_run(kind):
     layer = make(kind, 2, 3, 3)
     keys = {"mix", "spatial", "bias"} if kind in FORMS else {"weight", "bias"}
@@ -399,6 +387,54 @@ def test_an_unknown_execution_is_refused_wherever_it_is_given() -> None:
         SeparableGConv2d(2, 3, 3, group="p4", execution="")
     with pytest.raises(InputError, match="unknown execution 'bogus'"):
         SeparableGConv2d(2, 3, 3, group="p4").macs("bogus")
+
+
+@every_kind
+@pytest.mark.parametrize("execution", ["bogus", "Dense", "", None, 1, "irrep", "factorized", "dense"])
+def test_a_layer_takes_an_execution_that_it_has_and_no_other(kind, execution):
+    layer = make(kind, 2, 3, 3)
+    has = FORMS[kind].executions if kind in FORMS else ("dense",)
+    if execution in has:
+        layer.execution = execution
+        assert layer.execution == execution
+        return
+    before = layer.execution
+    with pytest.raises(InputError, match="execution") as error:
+        layer.execution = execution
+    assert "\n" not in str(error.value) and repr(execution).strip("'") in str(error.value)
+    assert layer.execution == before
+    assert layer(x := map_for(layer)).equal(copy.deepcopy(layer)(x))
+
+
+@pytest.mark.parametrize("name", ["LiftingConv2d", "GConv2d", "SeparableGConv2d", "P4ConvZ2", "P4ConvP4", "gcP4ConvP4"])
+def test_options_of_conv2d_that_there_are_not_are_refused_with_what_to_do(name):
+    build = getattr(gconv, name)
+    on = {} if name.endswith(("Z2", "P4")) else {"group": "p4"}
+    expected = {
+        "groups": (2, f"{name} has no channel groups, got groups=2; leave groups out."),
+        "padding_mode": ("circular", f"{name} pads with zeros only, got padding_mode='circular'; pad its input with "),
+        "bias": (2, f"bias of {name} is 2; give True or False."),
+    }
+    for option, (value, message) in expected.items():
+        with pytest.raises(InputError) as error:
+            build(2, 4, 3, **on, **{option: value})
+        assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    same = build(2, 4, 3, **on, groups=1, padding_mode="zeros")
+    assert repr(same) == repr(build(2, 4, 3, **on))
+
+
+@every_kind
+def test_padding_that_the_error_proposes_is_that_of_conv2d(kind):
+    layer, x = make(kind, 2, 3, 3), map_for(make(kind, 2, 3, 3))
+    with pytest.raises(InputError) as error:
+        make(kind, 2, 3, 3, padding=1, padding_mode="circular")
+    proposed = str(error.value).split("pad its input with ")[1].removesuffix(" instead")
+    padded = eval(proposed, {"torch": torch, "x": x, "p": 1})
+    wide = padded[..., 1:-1, 1:-1]
+    assert wide.equal(x) and padded[..., 0, 1:-1].equal(x[..., -1, :])
+    close_enough = torch.testing.assert_close
+    # A shift of the map is then a shift of the output.
+    close_enough(layer(padded).roll(2, -1), layer(eval(proposed, {"torch": torch, "x": x.roll(2, -1), "p": 1})))
 
 
 # What is kept in eval mode
@@ -536,23 +572,6 @@ def test_a_change_of_execution_is_seen_in_eval_mode(form):
         with torch.no_grad():
             assert prepared_in(layer, lambda: layer(x)) <= 1
             assert layer(x).equal(as_new(layer, x))
-
-
-@every_kind
-def test_tables_given_anew_are_seen_in_eval_mode(kind):
-    layer, x = warm(kind)
-    with torch.no_grad():
-        right, state = layer(x), copy.deepcopy(layer.state_dict())
-        layer.to_empty(device="cpu")
-        for table in layer.buffers():
-            table.zero_()
-        layer.load_state_dict({name: value + 1 for name, value in state.items()})
-        layer(x)
-        layer.load_state_dict(state)
-        layer(x)  # what is kept now was made with wrong tables
-        layer.reset_parameters()
-        layer.load_state_dict(state)
-        assert layer(x).equal(right)
 
 
 @every_kind
