@@ -99,8 +99,7 @@ def plain_state(content: Any, source: str | Path) -> StateDict:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
             layers = {name.removeprefix(prefix): kind for name, kind in layers.items()}
-    # Floats of 8 bits are no weights yet, and PyTorch cannot always say whether they are finite.
-    check_finite({name: tensor for name, tensor in state.items() if tensor.itemsize > 1}, source)
+    check_finite(state, source)
     return StateDict(state, layers)
 
 

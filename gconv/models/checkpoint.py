@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from gconv.system.files import atomic_path
 from gconv.system.memory import raise_mmap_threshold
 from gconv.system.tensor_files import check_finite, read_plain
 
+from .comparison import structural_differences, tensor_differences
 from .networks import Model, ModelSpec
 from .zoo import build_model
 
 FORMAT = "gconv-checkpoint"
-VERSION = 1
+VERSION = 2
+"""Version 1 has no ``settings``, ``frozen`` and ``rounded``, and one dtype for all weights."""
 
 
 @dataclass
@@ -49,6 +52,11 @@ def save(
 ) -> None:
     """Write a network as one file, atomically.
 
+    The file is written only if the network that :func:`load` makes of it is the given one: in every module, setting and
+    weight, so that its scores in eval mode are the same. A checkpoint describes what :func:`gconv.create_model` and
+    conversion make, and on top of that settings that were changed later (for example the ``eps`` of a batch norm, or
+    the stride of a convolution), a last layer for another number of classes, any dtypes, and frozen parameters.
+
     Args:
         model: a network of :func:`gconv.create_model`, converted or not.
         path: the file; one that is there is replaced.
@@ -57,34 +65,90 @@ def save(
         half: store the weights in half precision (11 significant bits), for snapshots that are only to be looked at.
 
     Raises:
-        InputError: the network was not made by this package's models, is a fused one, or the path cannot be written.
+        InputError: the network has something that a checkpoint does not describe, such as a module of another class, a
+            forward hook, a replaced method or a shared parameter; its weights are not finite; record or resume are not
+            plain data; or the path cannot be written.
     """
-    if not isinstance(model, Model):
-        raise InputError(f"only networks of gconv.create_model can be saved with their architecture, not {type(model)}")
-    if model.fused:
-        raise InputError("a fused network has no checkpoint; accepted: the one it was made of, or gconv.export")
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": model.spec.to_dict(),
-        "layers": layer_choices(model),
-        "state_dict": {name: _stored(tensor, half) for name, tensor in model.state_dict().items()},
-        "record": record or {},
-        "resume": resume,
-    }
+    built, content = _described(model, half)
+    content |= {"record": record or {}, "resume": resume}
     # Not to a path, from which PyTorch takes the name of its archive, and the temporary one is random; and not to an
     # open file, as on a full disk it ends that with a RuntimeError of its own.
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    try:
+        torch.save(content, buffer)
+        buffer.seek(0)
+        content = torch.load(buffer, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        what = "record or resume holds objects that are not plain data"
+        raise InputError(f"cannot save the network: {what} (numbers, text, tensors, lists and dictionaries)") from error
+    try:
+        _fill(built, content)
+    except _UNFIT as error:
+        raise InputError(f"cannot save the network: {_one_line(error)}") from error
+    # What was built is now what will be loaded.
+    _refuse(next(tensor_differences(model, built, _rounded if half else lambda tensor: tensor), None))
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def _stored(tensor: Tensor, half: bool) -> Tensor:
-    tensor = tensor.detach().cpu()
-    if half and tensor.is_floating_point() and torch.isfinite(tensor.half()).all():  # 65,504 is its largest number
+def _described(model: Model, half: bool) -> tuple[Model, dict[str, Any]]:
+    """A network as plain data; and what is built from that, which has all but the values of the tensors.
+
+    There is no run of the two on an example: it would prove less. Their forward passes are the same code on equal
+    attributes, so that equal tensors give equal scores on every input.
+    """
+    if not isinstance(model, Model) or not isinstance(model.spec, ModelSpec):
+        what = f"only networks of gconv.create_model can be saved with their architecture, not {type(model)}"
+        raise InputError(
+            f"{what}. Give the network itself if this is a wrapper, or use torch.save on its state_dict()."
+        )
+    if model.fused:
+        what = "a fused network cannot be saved: its batch norms are folded into its convolutions"
+        raise InputError(f"{what}. Save the network that it was made of, or use gconv.export.")
+    spec = model.spec
+    if type(model.fc) is nn.Linear:
+        spec = replace(spec, classes=model.fc.out_features)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the user's random numbers are not used up
+            built, own = build_model(spec), layer_choices(model)
+            choices = {name: own.get(name, choice) for name, choice in layer_choices(built).items()}
+            apply_choices(built, choices)
+    except InputError as error:
+        raise InputError(f"cannot save the network: {error}") from error
+    settings = _changed_settings(model, built)
+    _apply_settings(built, settings)
+    _refuse(next(structural_differences(model, built), None))
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    check_finite(state, "the network")
+    stored = {name: _half(tensor) if half else tensor for name, tensor in state.items()}
+    return built, {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": spec.to_dict(),
+        "layers": choices,
+        "settings": settings,
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "state_dict": stored,
+        "rounded": {name: str(state[name].dtype) for name in state if stored[name].dtype != state[name].dtype},
+    }
+
+
+def _refuse(difference: str | None) -> None:
+    if difference is not None:
+        advice = "Undo that, or use torch.save on its state_dict()."
+        raise InputError(f"cannot save the network: {difference}, which a checkpoint does not describe. {advice}")
+
+
+def _half(tensor: Tensor) -> Tensor:
+    """In half precision, unless that cannot hold it: its largest number is 65,504."""
+    if tensor.is_floating_point() and tensor.itemsize > 2 and torch.isfinite(tensor.half()).all():
         return tensor.half()
     return tensor
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """As it comes back from half precision."""
+    return _half(tensor).to(tensor.dtype)
 
 
 def load(path: str | Path) -> Model:
@@ -107,21 +171,42 @@ def read(path: str | Path) -> Checkpoint:
     content = read_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a gconv checkpoint; give a file that gconv.save or gconv.train wrote")
-    if content.get("version") != VERSION:
-        raise InputError(f"{path} has checkpoint version {content.get('version')!r}; accepted: {VERSION}")
+    version = content.get("version")
+    if version not in range(1, VERSION + 1):
+        raise InputError(f"{path} has checkpoint version {version!r}; accepted: 1 to {VERSION}")
     try:
+        if version == 1:
+            content = _from_version_1(content)
         spec = ModelSpec.from_dict(content["model"])
         with torch.device("meta"):  # without memory, so that a spec cannot ask for more than the file has weights for
             _check_shapes(_build(spec, content["layers"]), content["state_dict"])
         model = _build(spec, content["layers"])
-        if content["state_dict"]["fc.weight"].dtype == torch.float64:
-            model.double()  # or its weights would be rounded; half-precision ones become float32
-        model.load_state_dict(content["state_dict"])
+        _apply_settings(model, content["settings"])
+        _fill(model, content)
         record, resume = dict(content["record"]), content["resume"]
-    except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} is inconsistent: {' '.join(str(error).split())}") from error
+    except _UNFIT as error:
+        raise InputError(f"{path} is inconsistent: {_one_line(error)}") from error
     check_finite(model.state_dict(), path)
     return Checkpoint(model.eval(), record, resume)
+
+
+_UNFIT = (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError)
+"""What building and filling a network raise where the data do not fit together."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of version 1 as one of version 2.
+
+    Weights that were stored in half precision became float32; all others had the dtype of the last layer.
+    """
+    state = content["state_dict"]
+    dtype = torch.float64 if state["fc.weight"].dtype == torch.float64 else torch.float32
+    rounded = {name: str(dtype) for name, value in state.items() if value.is_floating_point() and value.dtype != dtype}
+    return {**content, "settings": {}, "frozen": [], "rounded": rounded}
 
 
 def _build(spec: ModelSpec, choices: dict[str, dict[str, Any]]) -> Model:
@@ -132,12 +217,58 @@ def _build(spec: ModelSpec, choices: dict[str, dict[str, Any]]) -> Model:
     return model
 
 
+def _fill(model: Model, content: dict[str, Any]) -> None:
+    """Give a network that was built from ``content`` its tensors, in the dtype and the memory layout that they had."""
+    dtypes = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
+    rounded = {name: dtypes[dtype] for name, dtype in content["rounded"].items()}
+    state = {
+        name: tensor.to(rounded.get(name, tensor.dtype), copy=True) for name, tensor in content["state_dict"].items()
+    }
+    model.load_state_dict(state, assign=True)
+    for name in content["frozen"]:
+        model.get_parameter(name).requires_grad_(False)
+
+
 def _check_shapes(model: Model, state: dict[str, Tensor]) -> None:
     for name, tensor in model.state_dict().items():
         stored = state.get(name)
         if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
             given = list(stored.shape) if isinstance(stored, Tensor) else "not a tensor" if name in state else "missing"
             raise InputError(f"{name} is {given}; its architecture has {list(tensor.shape)}")
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain data that a module was given when it was built: sizes, strides, eps and so on, by attribute."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: value for name, value in public.items() if name != "training" and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (type(None), bool, int, float, str)
+
+
+def _changed_settings(model: Model, built: Model) -> dict[str, dict[str, Any]]:
+    """By module, the settings of ``model`` that are not those of ``built``."""
+    modules = dict(model.named_modules())
+    changed: dict[str, dict[str, Any]] = {}
+    for name, original in built.named_modules():
+        module = modules.get(name)
+        if module is not None and type(module) is type(original):
+            known = _settings(original)
+            settings = {key: value for key, value in _settings(module).items() if key in known and value != known[key]}
+            changed |= {name: settings} if settings else {}
+    return changed
+
+
+def _apply_settings(model: Model, settings: dict[str, dict[str, Any]]) -> None:
+    for name, changes in settings.items():
+        module = model.get_submodule(name)
+        for attribute, value in changes.items():
+            if attribute not in _settings(module) or not _is_plain(value):
+                raise InputError(f"{name} has no setting {attribute} that can be {value!r}")
+            setattr(module, attribute, value)
 
 
 def layer_choices(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -110,7 +110,7 @@ def test_the_checkpoint_is_never_replaced(run, checkpoint):
         ("", "the following arguments are required: CKPT"),
         ("net.pt --format tensorflow", "unknown format 'tensorflow'; accepted: torch, pt2, onnx"),
         ("missing.pt", "missing.pt does not exist"),
-        ("text.pt", "text.pt is not a checkpoint"),
+        ("text.pt", "text.pt is damaged or cut off"),
         ("net.pt --out text.pt/out", "text.pt is not a directory"),
         ("net.pt --out . --force", "it is a directory"),
         ("net.pt --nofuse", "unrecognized arguments: --nofuse"),

@@ -216,6 +216,6 @@ def test_a_filter_that_is_computed_is_refused(name):
 
 
 def test_a_fused_network_has_no_checkpoint(tmp_path):
-    with pytest.raises(InputError, match=r"^a fused network has no checkpoint; accepted: .* or gconv\.export$"):
+    with pytest.raises(InputError, match=r"^a fused network cannot be saved: .* or use gconv\.export\.$"):
         save(fuse(create_model("p4cnn", width=1)), tmp_path / "net.pt")
     assert not list(tmp_path.iterdir())

@@ -274,20 +274,20 @@ class Bomb:
         return os.mkdir, (self.marker,)
 
 
-def _in_record(bomb: Bomb, path: Path) -> None:
-    save(create_model("p4cnn", width=1), path, record={"note": bomb})
+def _planted(place: str) -> Callable[[Bomb, Path], None]:
+    def write(bomb: Bomb, path: Path) -> None:
+        save(create_model("p4cnn", width=1), path)
+        torch.save({**torch.load(path, weights_only=True), place: {"note": bomb}}, path)
 
-
-def _in_resume(bomb: Bomb, path: Path) -> None:
-    save(create_model("p4cnn", width=1), path, resume={"optimizer": bomb})
+    return write
 
 
 BOMBS: dict[str, Callable[[Bomb, Path], None]] = {
     "pickle": lambda bomb, path: path.write_bytes(pickle.dumps(bomb)) and None,
     "torch": torch.save,
     "torch-legacy": lambda bomb, path: torch.save(bomb, path, _use_new_zipfile_serialization=False),
-    "in-record": _in_record,
-    "in-resume": _in_resume,
+    "in-record": _planted("record"),
+    "in-resume": _planted("resume"),
 }
 
 
@@ -333,7 +333,8 @@ def _drop(*path: str) -> Callable[[dict[str, Any]], None]:
 NAN, INFINITE = torch.full((1,), float("nan")), torch.full((1,), float("inf"))
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other format": (_set("format", to="x"), "is not a gconv checkpoint"),
-    "newer version": (_set("version", to=2), "has checkpoint version 2; accepted: 1"),
+    "newer version": (_set("version", to=3), "has checkpoint version 3; accepted: 1 to 2"),
+    "version zero": (_set("version", to=0), "has checkpoint version 0"),
     "no version": (_drop("version"), "has checkpoint version None"),
     "no model": (_drop("model"), "inconsistent"),
     "model is a list": (_set("model", to=[1]), "inconsistent"),
