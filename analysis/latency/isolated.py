@@ -106,7 +106,7 @@ def _in_new_process(before: nn.Module, after: nn.Module, images: Tensor, known: 
 def _import_path() -> str:
     """Where this process finds its modules, in the same order, and this package wherever it was found."""
     path = [os.path.abspath(entry) for entry in sys.path]
-    root = str(Path(__file__).parents[1])  # no longer there if the path has it as the working directory at that time
+    root = str(Path(__file__).parents[2])  # no longer there if the path has it as the working directory at that time
     return os.pathsep.join(path if root in path else [root, *path])
 
 

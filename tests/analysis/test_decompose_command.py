@@ -568,10 +568,10 @@ def bit_flipped(path):
 
 def spoilt(value):
     def write(path):
-        model = create_model("p4cnn", width=2)
-        with torch.no_grad():
-            model.conv5.weight[0, 0, 0, 0, 0] = value
-        save(model, path)
+        save(create_model("p4cnn", width=2), path)
+        content = torch.load(path, weights_only=True)
+        content["state_dict"]["conv5.weight"][0, 0, 0, 0, 0] = value
+        torch.save(content, path)
 
     return write
 

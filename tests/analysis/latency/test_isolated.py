@@ -102,7 +102,7 @@ def test_it_finds_the_packages_of_a_script_that_went_elsewhere_and_has_no_main_g
     """They are those of the working directory it had, which the path names by an empty string."""
     script = f"""
 import os, sys
-from analysis import execution, fresh
+from analysis.latency import isolated as fresh, timing as execution
 from analysis.conversion.report import random_images
 from gconv import create_model
 sys.path = ["", *(entry for entry in sys.path if entry not in ("", {str(ROOT)!r}))]
