@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from gconv.nn.capture import forward_hooks
 
 _COMPARED_ELSEWHERE = {"training", "spec", "_modules", "_parameters", "_buffers"}
 _WITHOUT_EFFECT_ON_SCORES = {
@@ -44,7 +45,7 @@ def structural_differences(given: nn.Module, built: nn.Module) -> Iterator[str]:
     pairs: _Pairs = []
     yield from _module_differences(given, built, "", pairs)
     yield from _replaced_methods(pairs)
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if any(forward_hooks([])):
         yield "a forward hook is registered for all modules of this process"
     for name, one, other in pairs:
         yield from _attribute_differences(name, one, other)
