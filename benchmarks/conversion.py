@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -141,7 +142,9 @@ AXES = {"parameters": "parameters", "macs": "multiply-accumulates of an image, a
 
 
 def plot(network: str, cost: str = "parameters") -> Figure:
-    """Test error against size: one panel for each stage, one mark for each method and size.
+    """Test error against size: one panel for each stage, one marker for each method and size.
+
+    The marker is the mean over seeds, and the bar reaches from the smallest to the largest error.
 
     Args:
         network: one of the values of ``NETWORKS``.
@@ -154,11 +157,19 @@ def plot(network: str, cost: str = "parameters") -> Figure:
         figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 4.2), sharex=True, sharey=True, layout="constrained")
     for axis, (stage, title) in zip(axes, PANELS.items(), strict=True):
         axis.axhline(statistics.mean(own[0].errors["original"]), color="0.4", ls="--", lw=1, label="original")
-        for name, marker in zip(names, "osD^v", strict=False):
+        for number, (name, marker) in enumerate(zip(names, "osD^v", strict=False)):
             shown = [row for row in own if row.method.startswith(name) and stage in row.errors]
             sizes = [getattr(row, cost) for row in shown]
             errors = [statistics.mean(row.errors[stage]) for row in shown]
-            axis.plot(sizes, errors, marker, ms=7, alpha=0.85, color=colours[name], label=name)
+            ends = [
+                (m - min(row.errors[stage]), max(row.errors[stage]) - m) for m, row in zip(errors, shown, strict=True)
+            ]
+            # Ours is the first. The others are hollow, so that equal results stay visible inside one another.
+            look: dict[str, Any] = {"ms": 5, "zorder": 4} if number == 0 else {"ms": 9, "mfc": "none", "mew": 1.5}
+            axis.errorbar(
+                sizes, errors, np.transpose(ends) if ends else None, fmt=marker, color=colours[name], capsize=3, lw=1.2,
+                label=name, **look,
+            )  # fmt: skip
         axis.set(title=title, xlabel=AXES[cost])
         _logarithmic(axis)
     axes[0].set_ylabel("test error (%)")

@@ -29,6 +29,7 @@ from matplotlib.ticker import FormatStrFormatter
 import gconv
 from analysis import convert
 from analysis.fitting.distillation import Distillation, DistilledLoss
+from analysis.plots.training_curves import line_styles
 from gconv.experiments import runs, tables
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import environment, fit
@@ -211,22 +212,25 @@ def plot() -> Figure:
         how = _from_scratch("gc")
         shown[how] = [(record["history"],) for record in scratch]
         ended[how] = [record["test_error"] for record in scratch]
-    for row, (how, colour) in enumerate(zip(shown, sns.color_palette("colorblind"), strict=False)):
+    for row, (how, style) in enumerate(zip(shown, line_styles(len(shown)), strict=True)):
         for number, parts in enumerate(shown[how]):
             errors = [entry["train_error"] for part in parts for entry in part]
-            label = f"{how} ({tables.seeds(shown[how])})" if number == 0 else None
-            curves.plot(range(1, len(errors) + 1), errors, color=colour, lw=1, alpha=0.8, label=label)
-        ends.plot(ended[how], [row] * len(ended[how]), "o", color=colour, alpha=0.8)
+            label = f"{row + 1}: {how} ({tables.seeds(shown[how])})" if number == 0 else None
+            curves.plot(
+                range(1, len(errors) + 1), errors, lw=1, ms=4, alpha=0.8, markevery=(row, 6), label=label, **style
+            )
+        ends.plot(ended[how], [row] * len(ended[how]), alpha=0.8, **{**style, "ls": ""})
         ends.plot(statistics.mean(ended[how]), row, "|", color="0.2", ms=16)
     curves.axvline(EPOCHS + 0.5, color="0.4", ls=":")
     curves.set(xlabel="epoch", ylabel="training error (%)", ylim=(0, None))
     curves.set_yscale("symlog", linthresh=0.01)  # the error reaches zero, which a logarithmic scale cannot show
     curves.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     ends.set(
-        yticks=range(len(shown)), yticklabels=[], ylim=(len(shown) - 0.5, -0.5), xlabel="test error at the end (%)"
-    )
+        yticks=range(len(shown)), yticklabels=range(1, len(shown) + 1), ylim=(len(shown) - 0.5, -0.5),
+        xlabel="test error at the end (%)", ylabel="number in the legend",
+    )  # fmt: skip
     ends.grid(visible=False, axis="y")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The filters of one layer as pictures: the channel pairs that are most and least redundant along the group axis."""
+"""The filters of one layer as images: the channel pairs that are most and least redundant along the group axis."""
 
 from __future__ import annotations
 
@@ -13,38 +13,41 @@ from gconv.system.errors import InputError, one_of
 
 from .redundancy import canvas
 
-# What ranks the pairs and is printed beside them: measure and part.
+# The measures that rank the pairs and that are printed beside them: measure and part.
 ORDERS = {"invariance": "average", "invariance_turned": "average", "explained_energy": "g"}
 
-# In widths of a kernel: from one to the next, the room for a number, and between the most and the least redundant.
+# In widths of a kernel: the distance of two kernels, the space for a number, and the gap between the most and the least
+# redundant pairs.
 _STEP, _NUMBER, _GAP = 1.12, 1.7, 0.4
 
 
 def plot_filters(bank: FilterBank, *, by: str = "invariance", pairs: int = 3, ax: Axes | None = None) -> Axes:
-    """The kernels along the group axis of a layer's most and least redundant channel pairs, a row for each pair.
+    """The kernels along the group axis, for a layer's most and least redundant channel pairs; a row for each pair.
 
-    On the left they are as stored: all alike where copies share one spatial kernel. On the right each is turned back by
-    its element: all alike where the filter is invariant, so that it makes the same map for every element. Beside them
-    stands the invariance, the share of the energy that is in the mean of the kernels (1: all alike; about 1 / |H|:
-    unrelated), and last the energy that one spatial kernel keeps, if each copy has its own factor, which may be
-    negative. Colours are scaled to each row's largest entry; the middle of the scale is 0.
+    On the left the kernels are as stored: they are equal if all elements share one spatial kernel. On the right each is
+    transformed back by its element: they are equal if the filter is invariant, so that it makes the same map for every
+    element. Beside each block is the invariance, the energy share of the mean kernel (1: all are equal; about
+    ``1 / |H|``: unrelated). The last number is the energy that one spatial kernel explains if it has a factor, possibly
+    negative, for each element (form ``g`` at rank 1). The colours of a row are scaled to its largest entry; the middle
+    of the scale is 0.
 
     Args:
         bank: the filters of one layer.
-        by: what ranks the pairs: ``invariance``, ``invariance_turned``, or ``explained_energy`` (at rank 1 of ``g``).
-        pairs: how many of the most redundant, and of the least.
+        by: the measure that ranks the pairs: ``invariance``, ``invariance_turned`` or ``explained_energy`` (at rank 1
+            of ``g``).
+        pairs: the number of most redundant pairs, and of least redundant ones.
         ax: where to draw; None for a new figure.
 
     Raises:
-        InputError: the layer has no group axis or no such measure, or an argument is none of the above.
+        InputError: the layer has no group axis or not this measure, or an argument is not one of the above.
     """
     if by not in ORDERS:
         raise one_of("order of filters", by, tuple(ORDERS))
     if pairs < 1:
-        raise InputError(f"pairs is {pairs}; accepted: at least 1")
+        raise InputError(f"pairs is {pairs}; give at least 1")
     measured = _of_pairs(bank)
     if by not in measured:
-        raise InputError(f"the filters of {bank.name} have no {by} along a group axis; accepted: a full group layer")
+        raise InputError(f"the filters of {bank.name} have no {by} along a group axis; give a group-to-group layer")
     ranked = measured.sort_values(by, ascending=False)
     shown = pd.concat([ranked[:pairs], ranked[pairs:][-pairs:]])
     o, i, s, k, _ = bank.weight.shape
@@ -63,7 +66,7 @@ def plot_filters(bank: FilterBank, *, by: str = "invariance", pairs: int = 3, ax
                 ax.text(x - _NUMBER / 2 - 0.1, y + 0.5, f"{numbers[measure]:.2f}", ha="center", va="center", size=9)
     for x, heading in ((half, "invariance"), (end, "invariance"), (end + _NUMBER, "energy at\nrank 1")):
         ax.text(x - _NUMBER / 2 - 0.1, -0.2, heading, ha="center", va="bottom", size=8)
-    for start, heading in ((0.0, "as stored"), (half, "turned back")):
+    for start, heading in ((0.0, "as stored"), (half, "transformed back")):
         ax.text(start + (s * _STEP - 0.12) / 2, -0.8, heading, ha="center", va="bottom", size=10)
         for x, element in zip(start + _STEP * np.arange(s), bank.group.element_names, strict=True):
             ax.text(x + 0.5, -0.2, element, ha="center", va="bottom", size=9)
@@ -76,7 +79,7 @@ def plot_filters(bank: FilterBank, *, by: str = "invariance", pairs: int = 3, ax
 
 
 def _of_pairs(bank: FilterBank) -> pd.DataFrame:
-    """The measures in ``ORDERS`` that the layer has, one row for each channel pair ``o I + i``."""
+    """The measures in ``ORDERS`` that the layer has, with one row for each channel pair ``o I + i``."""
     frame = block_redundancy(bank)
     wanted = frame["part"].eq(frame["measure"].map(ORDERS)) & (frame["rank"].isna() | frame["rank"].eq(1))
     return frame[wanted].pivot(index="block", columns="measure", values="value")

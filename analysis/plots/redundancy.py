@@ -1,13 +1,14 @@
-"""Figures of what was measured.
+"""Figures of the measures.
 
-:func:`plot_spectra` and :func:`plot_sensitivity` draw a conversion report. The others draw the redundancy table: they
-take what :func:`analysis.redundancy` gives, its frame, or rows chosen from that; they draw into ``ax``, or into a new
-figure, in matplotlib's current style, and return the Axes. Of a table over epochs they show the last, but for
-:func:`plot_against_epoch`. ``legend=False`` leaves out the names of lines, for panels that share them. The filters
-themselves are in :mod:`analysis.plots.filters`.
+:func:`plot_spectra` and :func:`plot_sensitivity` draw a conversion report. The other functions draw the redundancy
+table. Their argument is the result of :func:`analysis.redundancy`, its frame, or some rows of the frame. They draw into
+``ax`` or into a new figure, in matplotlib's current style, and return the Axes. From a table over epochs they show the
+last epoch, except :func:`plot_against_epoch`. With ``legend=False`` they draw no legend, for panels that share one. The
+filters themselves are drawn in :mod:`analysis.plots.filters`.
 
-A solid line with markers is the trained network; the dashed line and the shading of its colour are the mean and the
-95 % interval of the null ``init``, filters drawn from the layer's own initialisation; without nulls there is neither.
+A solid line with markers shows the trained network. A dashed line of the same colour shows the mean of its null
+``init``, filters drawn from the layer's initialisation. The grey shading covers the 95 % intervals of all nulls in the
+panel. Without nulls both are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .spectra import draw_spectra
 
 Table: TypeAlias = Redundancy | pd.DataFrame
 
-# What the heatmap shows unless told: measure and part; of a spectrum, its value at rank 1.
+# The columns of the heatmap by default: measure and part. A spectrum is shown by its value at rank 1.
 MEASURES = (
     ("explained_energy", "g"),
     ("explained_energy", "gc"),
@@ -51,11 +52,13 @@ MEASURES = (
 )
 
 _MARKERS = "osD^vP*X"
-_NAMED = 12  # layers that a legend names; of more it names every second, third, …
+_NAMED = 12  # a legend names at most this many layers: of more it names every second, third, …
 
 
 def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Explained energy against rank, one panel per separable form and one line per layer; a ring marks the choice.
+    """Explained energy against rank, one panel per separable form and one line per layer.
+
+    A ring marks the form and rank to which a layer was converted.
 
     Args:
         layers: rows as in ``report.json``: ``name``, ``explained_energy`` (form to list), ``form`` and ``rank``.
@@ -66,11 +69,11 @@ def plot_spectra(layers: Sequence[dict[str, Any]]) -> Figure:
 
 
 def plot_sensitivity(table: dict[str, Any], *, columns: int = 3) -> Figure:
-    """What replacing one layer alone costs, against the parameters left in it: one panel per layer, one line per form.
+    """The error if one layer alone is replaced, against its remaining parameters: a panel per layer, a line per form.
 
     Args:
         table: ``report.sensitivity`` of a conversion with data.
-        columns: panels side by side.
+        columns: the number of panels in a row.
     """
     layers: dict[str, list[dict[str, Any]]] = table["layers"]
     rows = -(-len(layers) // columns)
@@ -85,13 +88,14 @@ def plot_sensitivity(table: dict[str, Any], *, columns: int = 3) -> Figure:
             own, (color, marker) = [option for option in options if option["form"] == form], styles[form]
             share = [option["parameters"] / whole["parameters"] for option in own]
             axis.plot(share, [option["error"] for option in own], marker=marker, ms=4, lw=1, color=color, label=form)
-        axis.set(title=name, yscale="log", xlim=(0, 1.02))
-        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        # No tick at 0: its label would touch the "100%" of the panel on the left.
+        axis.set(title=name, yscale="log", xlim=(0, 1.02), xticks=(0.25, 0.5, 0.75, 1))
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axis in axes.flat[len(layers) :]:
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel("error of the scores")
-    figure.supxlabel("parameters left in the layer", fontsize="medium")
+    figure.supxlabel("remaining parameters of the layer", fontsize="medium")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
@@ -99,11 +103,14 @@ def plot_sensitivity(table: dict[str, Any], *, columns: int = 3) -> Figure:
 def plot_explained_energy(
     table: Table, part: str = "g", *, measure: str = "explained_energy", legend: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """The share of the energy that each rank keeps, one line per layer.
+    """The share of the energy up to each rank, one line per layer.
 
     Args:
+        table: the redundancy table.
         part: a separable form; or an unfolding, if the measure is ``hosvd_energy``.
         measure: ``explained_energy``, ``pca_explained_variance`` or ``hosvd_energy``.
+        legend: whether to draw a legend.
+        ax: where to draw; None for a new figure.
     """
     rows = _rows(_last(table), measure, part)
     ax = canvas(ax, 6, 3.6)
@@ -126,9 +133,12 @@ def plot_against_depth(
     """A measure from the first layer to the last, one line per part.
 
     Args:
-        measure: which one.
-        parts: of which parts; None for all that there are.
-        rank: at this rank, if the measure is a spectrum.
+        table: the redundancy table.
+        measure: the name of the measure.
+        parts: its parts to draw; None for all.
+        rank: the rank, if the measure is a spectrum.
+        legend: whether to draw a legend.
+        ax: where to draw; None for a new figure.
     """
     rows = _rows(_last(table), measure, rank=rank)
     rows = rows[rows["layer"] != NETWORK]
@@ -154,19 +164,22 @@ def plot_against_epoch(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """A measure of :func:`analysis.redundancy_over_epochs`, one line per layer and a thick one for the network.
+    """A measure in the course of training, one line per layer and a thick line for the network.
 
     Args:
-        measure: which one.
-        part: of which part.
-        rank: at this rank, if the measure is a spectrum.
+        table: the result of :func:`analysis.redundancy_over_epochs`.
+        measure: the name of the measure.
+        part: its part.
+        rank: the rank, if the measure is a spectrum.
+        legend: whether to draw a legend.
+        ax: where to draw; None for a new figure.
 
     Raises:
-        InputError: the table is not one over epochs.
+        InputError: the table has no epochs.
     """
     frame = _frame(table)
     if "epoch" not in frame:
-        raise InputError("the table has no epochs; accepted: what redundancy_over_epochs gives")
+        raise InputError("the table has no epochs; give the result of redundancy_over_epochs")
     rows = _rows(frame, measure, part, rank)
     ax = canvas(ax, 6, 3.6)
     for _, of_layer, style in _by_layer(rows):
@@ -183,12 +196,16 @@ def plot_against_epoch(
 
 
 def plot_irreps(table: Table, *, turned: bool = False, legend: bool = True, ax: Axes | None = None) -> Axes:
-    """The energy in each irrep of the group: a bar for each layer, from the first to the last.
+    """The energy in each irreducible representation of the group: a bar per layer, from the first to the last.
 
-    The line across a bar is what a random filter is expected to have, ``d^2 / |H|``; the shading around it is the null.
+    The line across a bar is the expected share of a random filter, ``d^2 / |H|``. The box around it is the 95 %
+    interval of the null.
 
     Args:
-        turned: whether the kernels are first turned back by their element.
+        table: the redundancy table.
+        turned: whether the kernels are first transformed back by their element.
+        legend: whether to draw a legend.
+        ax: where to draw; None for a new figure.
     """
     rows = _rows(_last(table), "irrep_energy_turned" if turned else "irrep_energy")
     names = sorted(rows["part"].unique())
@@ -200,24 +217,26 @@ def plot_irreps(table: Table, *, turned: bool = False, legend: bool = True, ax: 
         expected = {irrep.name: irrep.share for irrep in irreps(group(of_layer["group"].iloc[0]))}
         ax.bar(middle, of_layer["value"], 0.85 * width, color=style["color"], label=style["label"])
         height = of_layer["init_high"] - of_layer["init_low"]
-        ax.bar(middle, height, width, of_layer["init_low"], color=_ink(), alpha=0.35, zorder=2.5)
+        ax.bar(middle, height, width, of_layer["init_low"], zorder=2.5, **_null_box(ax))
         y, label = of_layer["part"].map(expected), "" if number else "expected, $d^2/|H|$"
         ax.hlines(y, middle - width / 2, middle + width / 2, _ink(), lw=1.5, zorder=3, label=label)
     ax.set_xticks(range(len(names)), names)
-    frame = "kernels turned back" if turned else "kernels as stored"
+    frame = "kernels transformed back" if turned else "kernels as stored"
     ax.set(xlabel="irreducible representation of the group", ylabel="share of the energy", title=frame)
-    return _finished(ax, rows, legend)
+    return _finished(ax, rows, legend, null=Patch(**_null_box(ax)))
 
 
 def plot_measures(table: Table, measures: Sequence[tuple[str, str]] = MEASURES, *, ax: Axes | None = None) -> Axes:
-    """A heatmap: layers down, the network last, and measures across; of a spectrum, its value at rank 1.
+    """A heatmap with a row for each layer and a last one for the network, and a column for each measure.
 
-    The numbers are the values, in brackets where they are inside the null's interval. The colour makes them comparable:
-    ``(value - null) / (1 - null)`` is 0 for what chance gives, and 1 for a layer that could not be more redundant,
-    where every share, every cosine and every rank is 1. Without nulls there are only numbers.
+    A spectrum is shown by its value at rank 1. The numbers are the values; a value inside the interval of its null is
+    in brackets. The colour makes the measures comparable: ``(value - null) / (1 - null)`` is 0 for chance, and 1 for
+    the largest possible redundancy, where all shares, cosines and ranks are 1. Without nulls there are only numbers.
 
     Args:
+        table: the redundancy table.
         measures: pairs of measure and part.
+        ax: where to draw; None for a new figure.
     """
     rows = _last(table)
     wanted = rows.set_index(["measure", "part"]).index.isin(measures)
@@ -249,7 +268,7 @@ def plot_measures(table: Table, measures: Sequence[tuple[str, str]] = MEASURES, 
 
 
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:
-    """The Axes given, or those of a new figure of that size in inches."""
+    """``ax``, or the Axes of a new figure of this size in inches if ``ax`` is None."""
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 
 
@@ -269,10 +288,10 @@ def _rows(frame: pd.DataFrame, measure: str, part: str | None = None, rank: int 
 
 
 def _by_layer(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame, dict[str, Any]]]:
-    """The rows of each layer, numbered, and how it is drawn; the network is left out."""
+    """For each layer, without the network: its number, its rows and the style of its line."""
     layers = list(rows["layer"][rows["layer"] != NETWORK].unique())
     step = -(-len(layers) // _NAMED)
-    # The ends of the map that would sink into the background are left out.
+    # Without the end of the colour map that is too close to the background.
     first, last = (0.3, 1.0) if _light(_ink()) else (0.0, 0.82)
     for number, layer in enumerate(layers):
         style = {
@@ -287,16 +306,17 @@ def _line(ax: Axes, x: pd.Series, rows: pd.DataFrame, color: Any, marker: str, l
     x = x.to_numpy(float)
     ax.plot(x, rows["value"], color=color, marker=marker, label=label)
     ax.plot(x, rows["init_mean"], color=color, ls="--", lw=1)
-    ax.fill_between(x, rows["init_low"], rows["init_high"], color=color, alpha=0.25, lw=0)
+    # One opaque colour for all bands: translucent ones would add up to a dark area where they overlap.
+    ax.fill_between(x, rows["init_low"], rows["init_high"], color=_shade(ax), lw=0, zorder=0.5)
 
 
-def _finished(ax: Axes, rows: pd.DataFrame, legend: bool) -> Axes:
+def _finished(ax: Axes, rows: pd.DataFrame, legend: bool, null: Patch | None = None) -> Axes:
     if rows.empty:
         ax.text(0.5, 0.5, "no layer has this measure", transform=ax.transAxes, ha="center", va="center")
     elif legend:
         handles, labels = ax.get_legend_handles_labels()
         if rows["init_mean"].notna().any():
-            handles, labels = [*handles, Patch(color=_ink(), alpha=0.3, lw=0)], [*labels, "null, 95 %"]
+            handles, labels = [*handles, null or Patch(color=_shade(ax), lw=0)], [*labels, "null, 95 %"]
         ax.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return ax
 
@@ -307,8 +327,19 @@ def _words(measure: str, rows: pd.DataFrame) -> str:
 
 
 def _ink() -> Any:
-    """The colour that the style writes in."""
+    """The text colour of the current style."""
     return plt.rcParams["text.color"]
+
+
+def _shade(ax: Axes) -> tuple[float, float, float]:
+    """The background, shaded by some of the text colour."""
+    red, green, blue = 0.82 * np.array(to_rgb(ax.get_facecolor())) + 0.18 * np.array(to_rgb(_ink()))
+    return float(red), float(green), float(blue)
+
+
+def _null_box(ax: Axes) -> dict[str, Any]:
+    """The style of a null's interval across a bar: visible on the darkest bar and on the background."""
+    return {"facecolor": (*to_rgb(ax.get_facecolor()), 0.6), "edgecolor": _ink(), "lw": 0.8}
 
 
 def _light(color: Any) -> bool:

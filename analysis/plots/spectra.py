@@ -1,4 +1,4 @@
-"""The figure of a conversion report. With matplotlib alone, and not even all of it: a command line waits for this."""
+"""The figure of a conversion report. It imports only parts of matplotlib, because a command line waits for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
-# Seaborn's style "whitegrid", as the other figures have it; and no automatic layout.
+# Seaborn's style "whitegrid", which the other figures use, without automatic layout.
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": ".8",
@@ -37,13 +37,13 @@ _GAP = 0.1
 
 
 def draw_spectra(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
-    """What :func:`analysis.plots.redundancy.plot_spectra` shows, in a figure with nothing in it."""
+    """Draw the panels of :func:`analysis.plots.redundancy.plot_spectra` into an empty figure."""
     forms = list(layers[0]["explained_energy"])
-    colors = colormaps["viridis"](np.linspace(0, 1, len(layers) + 2)[1:-1])  # the ends are hard to see
+    colors = colormaps["viridis"](np.linspace(0, 1, len(layers) + 2)[1:-1])  # without the ends, which are hard to see
     columns = min(len(forms), 3)
     rows = -(-len(forms) // columns)
     with rc_context(_STYLE):  # type: ignore[arg-type]  # whose keys are one of some hundred literals
-        figure.set_layout_engine(None)  # the style's
+        figure.set_layout_engine(None)  # as the style says
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(forms) :]:
         axis.remove()
@@ -56,7 +56,7 @@ def draw_spectra(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
                 axis.plot(layer["rank"], kept[layer["rank"] - 1], "o", ms=10, mfc="none", mec=color, mew=1.5)
         axis.axhline(0.95, color="0.4", lw=0.8, ls=":")
         axis.set(xlabel="rank", ylim=(0, 1.03))
-        axis.set_title(f"form {form}", y=1)  # without y, room for it is looked for whenever it is drawn
+        axis.set_title(f"form {form}", y=1)  # without y, matplotlib computes its place at every drawing
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[:, 0]:
         axis.set_ylabel("explained energy")
@@ -66,9 +66,9 @@ def draw_spectra(figure: Figure, layers: Sequence[dict[str, Any]]) -> None:
 
 
 def _arrange(figure: Figure, axes: np.ndarray, legend: Legend) -> None:
-    """Panels of one size, and a figure as large as they need with what is written around the first, and the legend.
+    """Give all panels one size, and the figure the size that the panels, their labels and the legend need.
 
-    Constrained layout would measure what is around every panel, and that twice.
+    The labels are measured at the first panel only. Constrained layout is slower: it measures every panel twice.
     """
     first: Axes = axes[0, 0]
     inner, outer = first.bbox, first.get_tightbbox()

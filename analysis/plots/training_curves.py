@@ -16,14 +16,16 @@ from gconv.experiments.tables import PUBLISHED, by_recipe, efficiency, is_publis
 
 Record = dict[str, Any]
 OFFICIAL_IMAGES = 12_000
-"""What the published networks were trained on."""
+"""The number of training images of the published networks."""
+_MARKERS = "osD^vPX*"
 
 
 def plot_table(records: Sequence[Record]) -> Figure:
-    """Test error of each model, ours as points (one a seed) beside the published mean and deviation.
+    """Test error of each model, one point per seed, beside the published mean and deviation.
 
     Args:
-        records: of one data set (:func:`gconv.experiments.runs.load_records`); those of other recipes are left out.
+        records: the records of one data set (:func:`gconv.experiments.runs.load_records`). Those of other recipes than
+            the published one are left out.
     """
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -36,7 +38,7 @@ def plot_table(records: Sequence[Record]) -> Figure:
         errors = [record["test_error"] for record in records if is_published(record, model)]
         axis.plot(
             errors, [row - 0.14] * len(errors), "o", color=colour, alpha=0.8,
-            label="ours, one point a seed" if row == 0 else None,
+            label="ours, one point per seed" if row == 0 else None,
         )  # fmt: skip
     names = [f"{model}\n{published.parameters:,}" for model, published in PUBLISHED.items()]
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="test error (%)", ylim=(len(names) - 0.5, -0.5))
@@ -46,10 +48,10 @@ def plot_table(records: Sequence[Record]) -> Figure:
 
 
 def plot_training(records: Sequence[Record]) -> Figure:
-    """Training loss and error by epoch, a line for each model: the published recipe on all images, the first seed.
+    """Training loss and error by epoch, a line for each model: the first seed of the published recipe on all images.
 
     Args:
-        records: of one data set.
+        records: the records of one data set.
     """
     histories = {
         model: record["history"]
@@ -61,20 +63,22 @@ def plot_training(records: Sequence[Record]) -> Figure:
 
 
 def plot_histories(histories: Mapping[str, Sequence[dict[str, Any]]], quantities: Mapping[str, str]) -> Figure:
-    """What was kept after every epoch, a line for each history and a panel for each quantity.
+    """Quantities by epoch: a line for each history and a panel for each quantity.
 
     Args:
-        histories: by their label; the rows of :func:`gconv.fit`.
-        quantities: keys of the rows, and what is written at the axis.
+        histories: the rows of :func:`gconv.fit`, by the label of the line.
+        quantities: the labels of the axes, by their keys in the rows.
     """
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(1, len(quantities), figsize=(5.5 * len(quantities), 4), layout="constrained")
-    colours = sns.color_palette("colorblind", len(histories))
+    styles = line_styles(len(histories))
     for axis, (key, label) in zip(np.atleast_1d(axes), quantities.items(), strict=True):
-        for (name, history), colour in zip(histories.items(), colours, strict=True):
-            axis.plot(
-                [row["epoch"] for row in history], [row[key] for row in history], color=colour, lw=1.3, label=name
-            )
+        for number, ((name, history), style) in enumerate(zip(histories.items(), styles, strict=True)):
+            # Some ten markers a line, each line at epochs of its own, so that they do not cover one another.
+            step = max(1, len(history) // 10)
+            every = (number * step // len(histories), step)
+            epochs = [row["epoch"] for row in history]
+            axis.plot(epochs, [row[key] for row in history], lw=1.2, ms=4.5, markevery=every, label=name, **style)
         axis.set(yscale="log", xlabel="epoch", ylabel=label)
         if any(row[key] == 0 for history in histories.values() for row in history):
             axis.set_yscale("symlog", linthresh=0.01)
@@ -85,11 +89,26 @@ def plot_histories(histories: Mapping[str, Sequence[dict[str, Any]]], quantities
     return figure
 
 
-def plot_recipes(records: Sequence[Record]) -> Figure:
-    """Validation error of P4CNN by recipe, from the published one on: a point for each seed, and their means.
+def line_styles(count: int) -> list[dict[str, Any]]:
+    """Line styles that differ in colour and marker, and from eight on in the dashes too.
 
     Args:
-        records: of one data set.
+        count: the number of lines.
+    """
+    colours = sns.color_palette("dark", len(_MARKERS))
+    size = len(_MARKERS)
+    dashes = ("-", "--", ":", "-.")
+    return [
+        {"color": colours[n % size], "marker": _MARKERS[n % size], "ls": dashes[n // size % len(dashes)]}
+        for n in range(count)
+    ]
+
+
+def plot_recipes(records: Sequence[Record]) -> Figure:
+    """Validation error of P4CNN by recipe, the published one first: a point for each seed, and the means as bars.
+
+    Args:
+        records: the records of one data set.
     """
     found = by_recipe(records)
     with sns.axes_style("whitegrid"):
@@ -110,22 +129,24 @@ def plot_recipes(records: Sequence[Record]) -> Figure:
 
 
 def plot_efficiency(records: Sequence[Record]) -> Figure:
-    """Test error against the number of training images, a line for each model: means over seeds, seeds as points.
+    """Test error against the number of training images, a line for each model.
 
-    Where there are runs on as many images as the official archive has, the errors published for that are crosses.
+    The line shows the mean over seeds, and small points show the seeds. If there are runs with as many training images
+    as the official archive has, crosses show the published errors.
 
     Args:
-        records: of one data set.
+        records: the records of one data set.
     """
     points = efficiency(records)
     models = [model for model in PUBLISHED if any(model in by_model for by_model in points.values())]
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for model, colour, marker in zip(models, sns.color_palette("colorblind"), "osD^vPX", strict=False):
+    for model, style in zip(models, line_styles(len(models)), strict=True):
         own = {images: by_model[model] for images, by_model in points.items() if model in by_model}
         errors = {images: [record["test_error"] for record in some] for images, some in own.items()}
         means = [statistics.mean(values) for values in errors.values()]
-        axis.plot(list(errors), means, marker=marker, color=colour, label=f"{model} ({seeds(*own.values())})")
+        colour = style["color"]
+        axis.plot(list(errors), means, label=f"{model} ({seeds(*own.values())})", **style)
         for images, values in errors.items():
             axis.plot([images] * len(values), values, ".", color=colour, alpha=0.6)
         if OFFICIAL_IMAGES in points:

@@ -3,6 +3,7 @@
 import statistics
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import gconv
@@ -68,10 +69,20 @@ def test_the_figure_has_a_point_for_every_row_of_a_stage(records, cost):
     try:
         for axis, stage in zip(figure.axes, conversion.PANELS, strict=True):
             drawn = [
-                tuple(xy) for line in axis.get_lines() if line.get_linestyle() == "None" for xy in line.get_xydata()
+                tuple(xy)
+                for line in axis.get_lines()
+                if line.get_linestyle() == "None" and line.get_marker() in "osD^v"
+                for xy in line.get_xydata()
             ]
             rows = [row for row in conversion.rows() if stage in row.errors]
             assert sorted(drawn) == sorted((getattr(row, cost), statistics.mean(row.errors[stage])) for row in rows)
+            bars = [segment[:, 1] for bar in axis.collections for segment in bar.get_segments()]
+            ends = [(min(row.errors[stage]), max(row.errors[stage])) for row in rows]
+            np.testing.assert_allclose(sorted(map(tuple, bars)), sorted(ends))
+            ours, *others = [bar.lines[0] for bar in axis.containers]
+            assert ours.get_markerfacecolor() != "none"
+            assert all(line.get_markerfacecolor() == "none" for line in others)  # ours can be seen inside them
+            assert all(line.get_zorder() < ours.get_zorder() for line in others)
             lines = {line.get_label(): line for line in axis.get_lines()}
             assert set(lines["original"].get_ydata()) == {3.0}
     finally:

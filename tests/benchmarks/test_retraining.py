@@ -107,8 +107,11 @@ def test_the_figure_has_a_line_for_each_run_and_a_point_for_its_end(records):
         curves, ends = figure.axes
         drawn = [list(line.get_ydata()) for line in curves.get_lines() if len(line.get_ydata()) and not is_rule(line)]
         assert drawn == [[5.0, 4.0]] * 4 + [[6.0], [3.0, 2.0]]
-        points = sorted(x for line in ends.get_lines() if line.get_marker() == "o" for x in line.get_xdata())
+        points = sorted(x for line in ends.get_lines() if line.get_marker() != "|" for x in line.get_xdata())
         assert points == [2.4, 2.5, 2.7, 2.9, 3.1, 3.3]
+        numbers = [label.get_text() for label in ends.get_yticklabels()]
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert [text.split(":")[0] for text in legend] == numbers == ["1", "2", "3", "4", "5"]
     finally:
         plt.close(figure)
 

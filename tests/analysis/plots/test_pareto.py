@@ -5,6 +5,7 @@ import random
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.text import Text
 
 from analysis.plots.pareto import plot_pareto
 from analysis.sweep import COSTS, mark_pareto
@@ -76,11 +77,15 @@ def test_points_names_and_labels_are_inside_and_no_two_names_overlap(drawn):
         frame = axis.get_window_extent()
         for x, y in axis.transData.transform(list(itertools.chain(*lines(axis).values()))):
             assert frame.contains(x, y)
-        names = [text.get_window_extent() for text in axis.texts]
+        names = [Text.get_window_extent(text) for text in axis.texts]  # without the line to its point
         for n, box in enumerate(names):
             assert frame.contains(box.x0, box.y0)
             assert frame.contains(box.x1, box.y1)
             assert not any(box.overlaps(other) for other in names[:n])
+            markers = itertools.chain(
+                *(lines(axis)[label] for label in ("converted, on the front", "converted", "original"))
+            )
+            assert not any(box.contains(*axis.transData.transform(point)) for point in markers)
         whole = axis.get_tightbbox()
         assert figure.bbox.contains(whole.x0, whole.y0)
         assert figure.bbox.contains(whole.x1, whole.y1)

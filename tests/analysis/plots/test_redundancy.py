@@ -125,3 +125,19 @@ def test_sensitivity_is_drawn_as_it_was_measured():
     assert [text.get_text() for text in legend.get_texts()] == ["g", "gc_in"]
     colours = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in shown]
     assert all(colour == colours[0] for colour in colours)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 7])
+def test_labels_of_sensitivity_do_not_touch(layers):
+    own = [{"form": None, "parameters": 100, "error": 0.0}, {"form": "g", "parameters": 30, "error": 1e-2}]
+    figure = plot_sensitivity({"layers": {f"conv{n}": own for n in range(layers)}})
+    figure.draw_without_rendering()
+    boxes = [
+        label.get_window_extent()
+        for axis in figure.axes
+        if axis.axison
+        for label in (*axis.get_xticklabels(), axis.title)
+        if label.get_text()
+    ]
+    assert len(boxes) == 5 * layers
+    assert not any(one.padded(2).overlaps(other) for one, other in combinations(boxes, 2))

@@ -131,7 +131,7 @@ def test_a_measure_against_the_epoch():
 
 
 def test_a_table_without_epochs_is_not_drawn_against_them():
-    with pytest.raises(InputError, match="no epochs; accepted"):
+    with pytest.raises(InputError, match="no epochs; give the result"):
         plot_against_epoch(redundancy(network(), draws=0))
 
 
@@ -243,7 +243,7 @@ def test_a_layer_with_few_channel_pairs_shows_each_once():
         (bank("flat", 4, 2, 1, 3, 3, under="z2"), {}, "the filters of flat have no invariance"),
         (bank("one", 4, 2, 4, 1, 1), {"by": "explained_energy"}, "the filters of one have no explained_energy"),
         (bank("conv", 4, 2, 4, 3, 3), {"by": "size"}, "unknown order of filters 'size'; accepted: invariance, "),
-        (bank("conv", 4, 2, 4, 3, 3), {"pairs": 0}, "pairs is 0; accepted: at least 1"),
+        (bank("conv", 4, 2, 4, 3, 3), {"pairs": 0}, "pairs is 0; give at least 1"),
     ],
 )
 def test_what_a_gallery_cannot_show(filters, arguments, message):
@@ -325,6 +325,27 @@ def test_two_layers_with_one_color_differ_in_their_marker():
     assert all(before.get_marker() != after.get_marker() for before, after in pairwise(lines))
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == [f"conv{i}" for i in range(0, 40, 4)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_bands_that_overlap_do_not_grow_dark(style):
+    """One opaque shade, close to the background; lines and bars are to be seen on it, and boxes on the bars."""
+    with plt.style.context(style):
+        table = redundancy(network(full=6), draws=3)
+        for ax in (plot_explained_energy(table), plot_against_depth(table), plot_against_epoch(over_epochs())):
+            shades = {tuple(color) for band in ax.collections for color in band.get_facecolor()}
+            ((*shade, alpha),) = shades
+            assert alpha == 1
+            assert 1.1 < contrast(shade, to_rgb(ax.get_facecolor())) < 1.8
+            assert all(band.get_zorder() < min(line.get_zorder() for line in ax.lines) for band in ax.collections)
+            legend = ax.get_legend().get_patches()[-1]
+            assert legend.get_facecolor() == (*shade, 1)
+        ax = plot_irreps(table)
+        for box in ax.containers[1]:
+            *inside, alpha = box.get_facecolor()
+            assert inside == list(to_rgb(ax.get_facecolor()))
+            assert 0.5 <= alpha < 1
+            assert contrast(box.get_edgecolor()[:3], to_rgb(ax.get_facecolor())) > 4.5
 
 
 def test_without_nulls_there_is_no_band():

@@ -93,3 +93,18 @@ def test_recipes_are_in_the_order_of_their_making_with_their_seeds(records):
 def test_no_recipes_are_said_to_be_none(records):
     (axis,) = curves.plot_recipes(records[:3]).axes
     assert [text.get_text() for text in axis.texts] == ["no records yet"]
+
+
+def test_lines_are_told_apart_by_more_than_colour():
+    styles = [tuple(sorted(style.items())) for style in curves.line_styles(24)]
+    assert len(set(styles)) == 24
+    without_colour = [{key: value for key, value in style if key != "color"} for style in styles]
+    assert len({tuple(sorted(style.items())) for style in without_colour}) == 24
+    rows = [{"epoch": epoch, "x": 1.0 / epoch} for epoch in range(1, 51)]
+    (axis,) = curves.plot_histories({str(n): rows for n in range(7)}, {"x": "the x"}).axes
+    markers = [(line.get_marker(), line.get_markevery()) for line in axis.get_lines()]
+    assert len({marker for marker, _ in markers}) == 7
+    starts = {start for _, (start, _) in markers}
+    assert len(starts) == 5  # five epochs from marker to marker, so at most two lines share theirs
+    legend = axis.figure.legends[0]
+    assert {handle.get_marker() for handle in legend.get_lines()} == {marker for marker, _ in markers}
