@@ -1,6 +1,6 @@
+from .deploy.exporting import export as export
 from .deploy.fuse import fuse as fuse
 from .deploy.fuse import to_plain as to_plain
-from .export import export as export
 from .functional.expansion import Sampling as Sampling
 from .functional.expansion import act as act
 from .functional.expansion import gconv2d as gconv2d

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from gconv.export import main
 from gconv.models.checkpoint import load, save
 from gconv.models.zoo import create_model
 
-exporting = import_module("gconv.export")  # the module; gconv.export is the function
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Result(NamedTuple):
@@ -124,13 +123,13 @@ def test_a_mistake_is_one_line(run, arguments, part):
 
 
 def test_missing_packages_are_said_before_anything_is_read(run, monkeypatch):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    monkeypatch.setattr("gconv.deploy.export_formats.find_spec", lambda name: None)
     result = run("missing.pt", "--format", "onnx")
     says(result, "needs onnx, onnxruntime, onnxscript", "pip install 'gconv-separable[export]'")
 
 
 def test_a_wrong_file_is_our_failure_and_not_left(run, monkeypatch):
-    monkeypatch.setattr(exporting, "_difference", lambda *_: 0.5)
+    monkeypatch.setattr("gconv.deploy.exporting.TOLERANCE", -1)
     with pytest.raises(RuntimeError, match="was not written"):
         run("net.pt")
     assert files() == ["net.pt"]
@@ -146,14 +145,12 @@ try:
 finally:
     print(sorted({{"torch", "numpy", "onnx"}} & set(sys.modules)), file=sys.stderr)
 """
-    root = Path(exporting.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "[]"
     assert ("examples:\n  python -m gconv.export " in done.stdout) == (argv == ["--help"])
 
 
 def test_the_exit_code_reaches_the_shell(tmp_path):
-    root = Path(exporting.__file__).parents[1]
     command = [sys.executable, "-m", "gconv.export", str(tmp_path / "missing.pt")]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -1,4 +1,4 @@
-"""Plain networks, and the files they are written to: the same class scores where this package cannot be imported."""
+"""Exported files: the same class scores where this package cannot be imported."""
 
 from __future__ import annotations
 
@@ -6,31 +6,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import analysis
-from gconv.deploy import lowering as plain
+from gconv.deploy.export_formats import FORMATS
+from gconv.deploy.exporting import export
 from gconv.deploy.fuse import to_plain
-from gconv.export import export
-from gconv.functional.forms import FORMS
-from gconv.groups.point_groups import GROUPS
-from gconv.models.cost import cost
-from gconv.models.zoo import MODELS, Model, create_model
-from gconv.nn.pooling import GroupMeanPool
-from gconv.nn.separable_conv import SeparableGConv2d
+from gconv.models.networks import Model
+from gconv.models.zoo import create_model
 from gconv.system.errors import InputError
 
-exporting = import_module("gconv.export")  # the module; gconv.export is the function
-FORMATS = ("torch", "pt2", "onnx")
 BATCHES = (1, 2, 7)
 
 
@@ -43,22 +33,6 @@ def trained(net: Model) -> Model:
             norm.bias.data.uniform_(-0.5, 0.5)
     net.train()(torch.rand(5, *net.input_shape, dtype=net.fc.weight.dtype))
     return net.eval()
-
-
-def separated(net: Model, *choices: tuple[str, int, str] | None) -> Model:
-    """With the layers conv2, conv3, … in these forms, ranks and executions; None is full."""
-    for number, choice in enumerate(choices, start=2):
-        if choice is not None:
-            layer = net.get_submodule(f"conv{number}")
-            net.set_submodule(f"conv{number}", SeparableGConv2d.like(layer, *choice))
-    return net
-
-
-def short_resnet() -> Model:
-    """One block a stage in place of seven: all there is to a ResNet, in less time."""
-    net = create_model("p4m-resnet44", width=2)
-    net.stage1, net.stage2, net.stage3 = net.stage1[:1], net.stage2[:1], net.stage3[:1]
-    return net
 
 
 def off(found: Tensor, expected: Tensor) -> float:
@@ -74,93 +48,8 @@ NETWORKS: dict[str, Callable[[], Model]] = {
     "g": lambda: create_model("g-p4cnn", width=4),
     "converted": lambda: analysis.convert(create_model("p4cnn", width=4), rank=2)[0],
     "p4m": lambda: create_model("p4cnn", group="p4m", width=3),
-    "resnet": short_resnet,
+    "resnet": lambda: create_model("p4m-resnet44", width=2, depth=8),
 }
-
-
-# The plain network
-
-
-@settings(max_examples=25)
-@given(data=st.data())
-def test_a_plain_network_is_the_same_function(data):
-    on = data.draw(st.sampled_from([name for name in GROUPS if name != "z2"]))
-    net = create_model("p4cnn", group=on, width=2, in_channels=data.draw(st.integers(1, 2)))
-    for number in range(2, 8):
-        form = data.draw(st.sampled_from([None, *FORMS]))
-        if form is not None:
-            layer = net.get_submodule(f"conv{number}")
-            rank = data.draw(st.integers(1, FORMS[form].max_rank(layer.filter_shape)))
-            separable = SeparableGConv2d.like(layer, form, rank, data.draw(st.sampled_from(FORMS[form].executions)))
-            net.set_submodule(f"conv{number}", separable)
-    net = trained(net.double())
-    images = torch.rand(data.draw(st.sampled_from(BATCHES)), *net.input_shape, dtype=torch.float64)
-    with torch.no_grad():
-        assert off(to_plain(net)(images), net(images)) < 1e-12
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_published_network_becomes_ordinary_layers(name):
-    net = trained(create_model(name, width=2))
-    plain = to_plain(net)
-    images = torch.rand(3, *net.input_shape)
-    with torch.no_grad():
-        assert off(plain(images), net(images)) < 1e-5
-    assert {type(module) for module in plain.modules() if any(True for _ in module.parameters(recurse=False))} <= {
-        nn.Conv2d,
-        nn.Linear,
-        nn.BatchNorm2d,
-    }
-    assert all(type(module).__module__.startswith("torch.") for module in list(plain.modules())[1:])
-    assert not any(module.training for module in plain.modules())
-    for layer in net.modules():  # which ordinary layers mix directly
-        if isinstance(layer, SeparableGConv2d) and layer.execution == "irrep":
-            layer.execution = "factorized"
-    assert cost(plain, net.input_shape).macs_executed == cost(net, net.input_shape).macs_executed
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rank", [1, 3])
-def test_forms_that_are_two_convolutions_stay_two_and_the_others_become_one(form, rank):
-    net = separated(create_model("p4cnn", width=2), *[(form, rank, "factorized")] * 6)
-    layers = dict(to_plain(net).named_modules())
-    chained = form in ("gc", "gc_in")
-    assert isinstance(layers["conv3"], nn.Conv2d) is not chained
-    execution = "factorized" if chained else "dense"
-    expected = cost(net, net.input_shape, execution=execution)
-    assert cost(to_plain(net), net.input_shape).macs_executed == expected.macs_executed
-
-
-def test_a_layer_that_runs_dense_becomes_one_convolution():
-    net = separated(create_model("p4cnn", width=2), *[("gc", 2, "dense")] * 6)
-    assert isinstance(to_plain(net).conv3, nn.Conv2d)
-
-
-def test_a_plain_resnet_takes_images_of_other_sizes():
-    net = trained(short_resnet())
-    images = torch.rand(2, 3, 40, 24)
-    with torch.no_grad():
-        assert off(to_plain(net)(images), net(images)) < 1e-5
-
-
-def test_what_is_made_does_not_depend_on_the_original_any_more():
-    net = trained(create_model("gc-p4m-resnet44", width=1))
-    net.train()
-    before, text, random = deepcopy(net.state_dict()), repr(net), torch.get_rng_state()
-    made = to_plain(net)
-    assert torch.get_rng_state().equal(random)
-    for tensor in made.state_dict().values():
-        tensor.zero_()
-    assert repr(net) == text
-    assert all(module.training for module in net.modules())
-    assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
-
-
-def test_a_layer_without_a_counterpart_is_named():
-    net = create_model("p4cnn", width=1)
-    net.group_pool = GroupMeanPool()
-    with pytest.raises(InputError, match="group_pool is a GroupMeanPool, which has no plain counterpart"):
-        to_plain(net)
 
 
 # The files
@@ -189,7 +78,7 @@ def expected(folder: Path) -> dict[str, list[Tensor]]:
 
 
 def missing(format: str) -> bool:
-    return any(exporting.find_spec(package) is None for package in exporting._FORMATS[format].packages)
+    return bool(FORMATS[format].missing_packages)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +153,7 @@ def test_a_wrong_file_is_not_left(tmp_path, monkeypatch, error):
         made.fc.bias.data[3] += error
         return made
 
-    monkeypatch.setattr(plain, "to_plain", spoilt)
+    monkeypatch.setattr("gconv.deploy.exporting.to_plain", spoilt)
     with pytest.raises(RuntimeError, match=r"net\.pt was not written: its class scores would be off by "):
         export(net, path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
@@ -284,11 +173,11 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path, format):
 
 
 def test_missing_packages_are_named_with_what_installs_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr("gconv.deploy.export_formats.find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(InputError) as caught:
         export(create_model("p4cnn", width=1), tmp_path / "net.onnx", "onnx")
     assert str(caught.value) == (
-        "format onnx needs onnxruntime, not installed here; pip install 'gconv-separable[export]'"
+        "format onnx needs onnxruntime, not installed here. Try: pip install 'gconv-separable[export]'"
     )
 
 
