@@ -96,7 +96,7 @@ def _rows(
     return rows
 
 
-def _images(like: gconv.Model, batch: int) -> Tensor:
+def random_images(like: gconv.Model, batch: int) -> Tensor:
     return torch.rand(batch, *like.input_shape)
 
 
@@ -105,7 +105,7 @@ def p4cnn(full: bool) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     ours = gconv.create_model("p4cnn")
     networks = {"gconv": ours, **limits(ours), **peers(ours)}
-    images = _images(ours, 128)
+    images = random_images(ours, 128)
     rows = train("p4cnn", networks, images, 45 if full else 15)
     networks = exported(networks, 4)
     rows += infer("p4cnn", networks, images, 45 if full else 15)
@@ -119,9 +119,9 @@ def cnns(full: bool) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         ours = gconv.create_model(name)
         networks = {"gconv": ours, **limits(ours)}
-        rows += train(name, networks, _images(ours, 128), 15 if full else 5)
+        rows += train(name, networks, random_images(ours, 128), 15 if full else 5)
         rows += infer(
-            name, exported(networks, gconv.group(ours.spec.group).order), _images(ours, 128), 15 if full else 5
+            name, exported(networks, gconv.group(ours.spec.group).order), random_images(ours, 128), 15 if full else 5
         )
     return rows
 
@@ -130,7 +130,7 @@ def _p4m_resnets() -> tuple[dict[str, nn.Module], Tensor]:
     torch.manual_seed(0)
     ours = gconv.create_model("p4m-resnet44")
     separable = gconv.create_model("gc-p4m-resnet44")
-    return {"gconv": ours, "gconv, gc": separable, **limits(ours), **peers(ours)}, _images(ours, 32)
+    return {"gconv": ours, "gconv, gc": separable, **limits(ours), **peers(ours)}, random_images(ours, 32)
 
 
 def resnet_training(full: bool) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def memory(full: bool) -> list[dict[str, Any]]:
         networks: dict[str, nn.Module] = {"gconv": ours}
         if name == "p4cnn":
             networks |= limits(ours) | {"lists": twin(ours, Lists(ours.spec.group))}
-        images = _images(ours, 8)
+        images = random_images(ours, 8)
         for variant, network in networks.items():
             rows.append(
                 {

@@ -133,7 +133,7 @@ class Plain:
         return x
 
 
-class _ListConv(nn.Module):
+class ListConv(nn.Module):
     """A group convolution whose filter is expanded by indexing with Python lists, anew in every pass."""
 
     def __init__(self, on: str, shape: tuple[int, ...], bias: bool, **how: Any) -> None:
@@ -173,7 +173,7 @@ class Lists:
 
     def conv(self, in_channels: int, out_channels: int, k: int, *, first: bool = False, **how: Any) -> nn.Module:
         shape = out_channels, in_channels, 1 if first else group(self.group).order, k, k
-        return _ListConv(self.group, shape, **{"bias": True, **how})
+        return ListConv(self.group, shape, **{"bias": True, **how})
 
     def norm(self, channels: int) -> nn.Module:
         return nn.BatchNorm3d(channels)

@@ -158,7 +158,9 @@ def test_every_kind_of_layer_is_measured_at_every_size(monkeypatch: pytest.Monke
 
 def test_networks_are_measured_beside_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_networks, "interleaved", lambda runs, rounds: interleaved(runs, 1))
-    monkeypatch.setattr(speed_networks, "_images", lambda like, batch: speed_networks.torch.rand(2, *like.input_shape))
+    monkeypatch.setattr(
+        speed_networks, "random_images", lambda like, batch: speed_networks.torch.rand(2, *like.input_shape)
+    )
     monkeypatch.setattr(speed_networks, "has_escnn", lambda: False)
     rows = speed_networks.p4cnn(full=False)
     names = {"gconv", "dense", "dense, channels-last", "lists"}

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import gconv
 from benchmarks.speed_networks import twin
-from benchmarks.twins import Escnn, Kit, Lists, Plain, TwinCNN, _ListConv, escnn_exported, has_escnn
+from benchmarks.twins import Escnn, Kit, ListConv, Lists, Plain, TwinCNN, escnn_exported, has_escnn
 from gconv.functional.expansion import expand
 
 NAMES = {"p4cnn": 4, "p4m-resnet44": 8}
@@ -21,7 +21,7 @@ NAMES = {"p4cnn": 4, "p4m-resnet44": 8}
 @pytest.mark.parametrize("kind", [gconv.LiftingConv2d, gconv.GConv2d], ids=["lifting", "full"])
 def test_a_layer_that_expands_through_lists_is_the_layer(kind: Any, group: str) -> None:
     layer = kind(2, 3, 3, group=group, padding=1, dtype=torch.float64)
-    twin = _ListConv(group, layer.weight.shape, bias=True, padding=1)
+    twin = ListConv(group, layer.weight.shape, bias=True, padding=1)
     twin.weight, twin.bias = layer.weight, layer.bias
     x = torch.randn(2, 2, layer.filter_shape.order, 7, 7, dtype=torch.float64)
     torch.testing.assert_close(twin(x), layer(x), rtol=1e-12, atol=1e-12)
@@ -33,7 +33,7 @@ def parts(net: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
 
 def given_the_weights(twin: nn.Module, net: gconv.Model, order: int) -> nn.Module:
     """The twin with the parameters and statistics of a network, expanded where its layers are ordinary ones."""
-    convs = parts(twin, (nn.Conv2d, _ListConv))
+    convs = parts(twin, (nn.Conv2d, ListConv))
     for mine, theirs in zip(parts(net, (gconv.GConv2d, gconv.LiftingConv2d)), convs, strict=True):
         ordinary = isinstance(theirs, nn.Conv2d)
         theirs.weight.data = expand(mine.weight.data, mine.tables.expansion) if ordinary else mine.weight.data
