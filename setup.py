@@ -1,21 +1,61 @@
-"""What pyproject.toml cannot say: the compiled kernel, which is left out where it cannot be built."""
+"""What pyproject.toml cannot say: how the compiled kernels are built.
+
+Where they cannot be built, they are left out, and PyTorch's operations do their work. With GCONV_REQUIRE_KERNEL=1 in the
+environment, and where building them is what was asked for (``python setup.py build_ext --inplace``), a failure is an error.
+In both cases no older library is left behind.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("gconv/kernels/csrc")  # relative, as setuptools wants it
+SOURCES = runpy.run_path("gconv/kernels/sources.py")
+REQUIRED = os.environ.get("GCONV_REQUIRE_KERNEL") == "1" or "build_ext" in sys.argv
+
+
+class BuildKernel(build_ext):
+    """Builds a library for ctypes, which is the same for all versions of Python, so its name is without one."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{os.path.join(*fullname.split('.'))}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception:
+            name = self.get_ext_filename(ext.name)
+            for old in (Path(name), Path(self.build_lib) / name):
+                old.unlink(missing_ok=True)
+            raise
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # it is no Python module
+
+
+class WheelForAllPythons(bdist_wheel):
+    """One file for a platform and every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": WheelForAllPythons},
     ext_modules=[
         Extension(
             "gconv.kernels._compiled",
-            [
-                "gconv/kernels/csrc/batch_norm.c",
-                "gconv/kernels/csrc/separable_conv.c",
-                "gconv/kernels/csrc/small_conv.c",
-            ],
-            depends=[
-                f"gconv/kernels/csrc/{name}.h" for name in ("over_channels", "over_pixels", "undefine", "vectors")
-            ],
-            extra_compile_args=["-O3", "-fopenmp"],  # and not linked with OpenMP: PyTorch has loaded its own
-            optional=True,
+            sorted(str(path) for path in CSRC.glob("*.c")),
+            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            define_macros=[("GCONV_SOURCES", f'"{SOURCES["digest"]()}"')],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            libraries=["m"],
+            optional=not REQUIRED,
         )
-    ]
+    ],
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from .library import address, launch
+from .library import address, launch, require_library, threads
 
 
 def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
@@ -20,8 +18,8 @@ def norm(x: Tensor, factor: Tensor, offset: Tensor, relu: bool) -> Tensor:
         relu: whether to apply ReLU to the result; NaN stays NaN.
     """
     y = torch.empty_like(x)
-    threads, positions, channels = torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1]
-    launch("norm", threads, positions, channels, *map(address, (x, factor, offset)), int(relu), address(y))
+    arguments = (*map(address, (x, factor, offset)), int(relu), address(y))
+    launch("norm", require_library().instructions, threads(), x.numel() // x.shape[1], x.shape[1], *arguments)
     return y
 
 
@@ -42,7 +40,7 @@ def norm_train(
         The map, and the mean ``[C]`` and the variance ``[C]`` (divided by n, not n - 1).
     """
     found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    arguments = (*map(address, (x, weight, bias)), ctypes.c_double(eps), int(relu))
+    arguments = (*map(address, (x, weight, bias)), eps, int(relu))
     launch("norm_train", *_sizes(x, order), *arguments, *map(address, found))
     return found
 
@@ -63,11 +61,11 @@ def norm_backward(
         eps: as given to :func:`norm_train`.
     """
     found = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    arguments = (*map(address, (grad, x, y, weight, mean, var)), ctypes.c_double(eps))
+    arguments = (*map(address, (grad, x, y, weight, mean, var)), eps)
     launch("norm_backward", *_sizes(x, order), *arguments, *map(address, found))
     return found
 
 
-def _sizes(x: Tensor, order: int) -> tuple[int, ctypes.c_size_t, int, int]:
-    """Threads, positions, channels, and values of each channel at a position."""
-    return torch.get_num_threads(), ctypes.c_size_t(x.numel() // x.shape[1]), x.shape[1] // order, order
+def _sizes(x: Tensor, order: int) -> tuple[int, int, int, int, int]:
+    """Instruction set, threads, positions, channels, and values of each channel at a position."""
+    return require_library().instructions, threads(), x.numel() // x.shape[1], x.shape[1] // order, order

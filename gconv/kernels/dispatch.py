@@ -12,7 +12,7 @@ from gconv.functional.forms import FORMS
 from gconv.functional.mixing import Basis, basis_of, regular
 from gconv.groups.point_groups import Group
 
-from .library import library, require_library
+from .library import library
 
 OVER_PIXELS = 0
 """The version for few channels, vectorised over pixels: a vector holds neighbouring positions of one channel.
@@ -31,18 +31,19 @@ MAX_PLANES = 512
 
 @cache
 def variants() -> dict[int, int]:
-    """The versions of the kernel that run on this processor: their numbers, and to what multiple they pad channels.
+    """The versions of the kernel that may run here: their numbers, and to what multiple they pad channels.
 
     The multiple is the number of floats of a vector, or 1 for :data:`OVER_PIXELS`. Among the versions over channels the
     fastest comes first.
     """
-    if library() is None:
+    compiled = library()
+    if compiled is None:
         return {}
     found: dict[int, int] = {}
     number = 0
-    while (lanes := require_library().gconv_lanes(number)) >= 0:
-        if lanes:
-            found[number] = lanes
+    while (instructions := compiled.functions["version_instructions"](number)) >= 0:
+        if instructions <= compiled.instructions:
+            found[number] = compiled.functions["version_lanes"](number)
         number += 1
     return found
 

@@ -35,23 +35,9 @@ from gconv.groups.point_groups import Group
 from gconv.system.errors import InputError
 
 from .dispatch import Sizes, basis_for, best, rounded
-from .library import address, is_supported, launch
+from .library import MAX_K, MAX_ORDER, Layer, address, is_supported, launch, threads
 
-MAX_K, MAX_ORDER = 15, 8  # MOST_K and MOST_ORDER of csrc/separable_conv.c
 _MAX_INT = 2**31 - 1  # of a C int
-
-_int, _pointer = ctypes.c_int, ctypes.c_void_p
-
-
-class _Layer(ctypes.Structure):
-    """``struct layer`` of ``csrc/separable_conv.c``."""
-
-    _fields_ = (
-        *((name, _int) for name in ("order", "in_channels", "out_channels", "rank", "spatial_first")),
-        *((name, _int) for name in ("k", "stride", "padding", "height", "width", "out_height", "out_width")),
-        *((name, _int) for name in ("products", "in_basis", "biased", "weights", "weights_back")),
-        *((name, _pointer) for name in ("table", "matrices", "basis", "pixels")),
-    )
 
 
 class _Product(NamedTuple):
@@ -156,7 +142,7 @@ class Kernel:
         bias = None if bias is None else bias.contiguous()
         tensors = mix.contiguous(), spatial.contiguous(), bias  # has a name, because an address keeps nothing alive
         layer = self._layer(self.sizes.k, self.sizes.k)  # any size of maps will do
-        launch("pack", self.variant, layer, torch.get_num_threads(), *map(address, tensors), address(packed))
+        launch("pack", self.variant, layer, threads(), *map(address, tensors), address(packed))
         return packed
 
     def forward(self, x: Tensor, packed: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -171,7 +157,7 @@ class Kernel:
         sizes, (height, width) = self.sizes, x.shape[3:]
         y = new_group_major(x, len(x), sizes.out_channels, sizes.order, *sizes.output(height, width))
         tensors = address(packed), address(x), address(residual), int(relu), address(y)
-        launch("forward", self.variant, self._layer(height, width), len(x), torch.get_num_threads(), *tensors)
+        launch("forward", self.variant, self._layer(height, width), len(x), threads(), *tensors)
         return y
 
     def backward(
@@ -182,8 +168,8 @@ class Kernel:
         of_spatial = x.new_empty(spatial) if with_spatial else None
         of_bias = None if bias is None else x.new_empty(bias)
         found = new_group_major(x, *x.shape), x.new_empty(mix), of_spatial, of_bias
-        layer, threads = self._layer(*x.shape[3:]), torch.get_num_threads()
-        launch("backward", self.variant, layer, len(x), threads, *map(address, (packed, x, gradient, *found)))
+        tensors = packed, x, gradient, *found
+        launch("backward", self.variant, self._layer(*x.shape[3:]), len(x), threads(), *map(address, tensors))
         return found
 
     def run(
@@ -256,7 +242,7 @@ def _products(
 
 
 @lru_cache(maxsize=4096)
-def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
+def _layer_of(kernel: Kernel, height: int, width: int) -> Layer | None:
     sizes = kernel.sizes
     output = sizes.output(height, width)
     pixels = (height + 2 * sizes.k) * (width + 2 * sizes.k)  # more than any map has
@@ -265,7 +251,7 @@ def _layer_of(kernel: Kernel, height: int, width: int) -> _Layer | None:
         return None
     counts = len(kernel.table), kernel.in_basis, kernel.biased, kernel.weights, kernel.weights_back
     tensors = kernel.table, kernel.matrices, kernel.basis, kernel.pixels
-    return _Layer(*sizes[:-1], height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
+    return Layer(*sizes[:-1], height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
 
 
 class _Differentiable(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,17 +10,17 @@ from torch import Tensor
 
 from gconv.functional.expansion import has_channels_last_strides
 
-from .library import address, is_supported, launch, library, require_library
+from .library import INSTRUCTIONS, address, is_supported, launch, library, threads
 
 _MAX_CHANNELS = 64
 """The kernel runs convolutions of up to this many output channels; benchmarks/speed_networks.py measures P4CNN, which
 has 40."""
 
 
-@cache
 def runs_small_conv() -> bool:
-    """Whether :func:`small_conv2d` is there, and this processor has the instructions that it needs."""
-    return library() is not None and bool(require_library().gconv_small_conv_runs())
+    """Whether :func:`small_conv2d` is there, and may use the instructions that it needs."""
+    found = library()
+    return found is not None and found.instructions >= INSTRUCTIONS.index("avx512")
 
 
 def is_small(weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
@@ -50,7 +49,7 @@ def small_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> 
     n, channels, height, width = x.shape
     k, out_channels = len(weight), weight.shape[3]
     y = x.new_empty((n, height - k + 1, width - k + 1, out_channels)).permute(0, 3, 1, 2)
-    sizes = torch.get_num_threads(), n, channels, out_channels, k, height, width
+    sizes = threads(), n, channels, out_channels, k, height, width
     if n:
         launch("small_conv", *sizes, *map(address, (x, weight, bias)), int(relu), address(y))
     return y

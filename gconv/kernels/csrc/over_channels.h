@@ -1,7 +1,17 @@
-/* The kernels of separable_conv.c row by row, with vectors of neighbouring channels, for layers of any size. What lies between
- * mix and spatial kernels is a few rows. */
+/* The kernels of separable_conv.c row by row, with vectors of neighbouring channels, for layers of any size. Between the
+ * mix and the spatial kernels only a few rows are kept. */
 
 #include "vectors.h"
+
+#ifndef GCONV_BATCH_OF
+#define GCONV_BATCH_OF
+/* Rows whose matrix gradients are computed together: one by one, short rows would read and write the sums too often. */
+static inline int batch_of(const struct layer *l)
+{
+    int width = l->spatial_first ? l->out_width : l->width;
+    return width < 64 ? 64 / width : 1;
+}
+#endif
 
 /* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c] */
 INLINE TARGET void NAME(change_of)(const float *change, const int s, const float *x, int ldx, float *y, int ldy, int c,
@@ -30,8 +40,8 @@ TARGET static void NAME(change)(const float *change, int s, const float *x, int 
         else NAME(change_of)(change, s, x, ldx, y, ldy, c, positions);
 }
 
-/* The rows of a kernel that meet one of the map, moved together; `planes` are theirs of the kernel. */
-struct NAME(meeting) { int some; const float *rows[MOST_K], *planes[MOST_K]; };
+/* The rows of a map that a kernel meets, without those beyond the map, and for each its row of the kernel. */
+struct NAME(meeting) { int some; const float *rows[MOST_K], *entries[MOST_K]; };
 
 INLINE struct NAME(meeting) NAME(meet)(const float *const *rows, const float *d, int k, int c)
 {
@@ -39,12 +49,12 @@ INLINE struct NAME(meeting) NAME(meet)(const float *const *rows, const float *d,
     for (int dy = 0; dy < k; dy++)
         if (rows[dy]) {
             met.rows[met.some] = rows[dy];
-            met.planes[met.some++] = d + floats(dy * k, ROUNDED(c));
+            met.entries[met.some++] = d + floats(dy * k, ROUNDED(c));
         }
     return met;
 }
 
-/* Where an output goes, and with what: as `depthwise` says. */
+/* Stores one output of `depthwise`, as described there. */
 INLINE TARGET void NAME(place)(vec value, float *y, int ldy, int x, int j, int c, int add, const struct ending *end)
 {
     float *to = y + floats(x, ldy) + j;
@@ -53,7 +63,7 @@ INLINE TARGET void NAME(place)(vec value, float *y, int ldy, int x, int j, int c
     else NAME(store)(to, value);
 }
 
-/* Of a kernel of any size. */
+/* `depthwise` for a kernel of any size. */
 TARGET static void NAME(depthwise_any)(const struct NAME(meeting) *met, int ld, int stride, int k, int c, float *y,
                                     int ldy, int width, int add, const struct ending *end)
 {
@@ -62,20 +72,20 @@ TARGET static void NAME(depthwise_any)(const struct NAME(meeting) *met, int ld, 
             vec sum = {0};
             for (int dy = 0; dy < met->some; dy++)
                 for (int dx = 0; dx < k; dx++)
-                    sum += NAME(load)(met->planes[dy] + dx * ROUNDED(c) + j)
+                    sum += NAME(load)(met->entries[dy] + dx * ROUNDED(c) + j)
                            * NAME(load)(met->rows[dy] + floats(x * stride + dx, ld) + j);
             NAME(place)(sum, y, ldy, x, j, c, add, end);
         }
 }
 
-/* Of one of size three, of which `some` rows meet the map, with stride one: neighbours share what they read. */
+/* `depthwise` for a kernel of size three, `some` rows of which meet the map, and stride one: neighbours share reads. */
 INLINE TARGET void NAME(depthwise_three)(const struct NAME(meeting) *met, int ld, const int some, int c, float *y, int ldy,
                                       int width, int add, const struct ending *end)
 {
     for (int j = 0; j < c; j += V) {
         vec w[3][3];
         for (int dy = 0; dy < some; dy++)
-            for (int dx = 0; dx < 3; dx++) w[dy][dx] = NAME(load)(met->planes[dy] + dx * ROUNDED(c) + j);
+            for (int dx = 0; dx < 3; dx++) w[dy][dx] = NAME(load)(met->entries[dy] + dx * ROUNDED(c) + j);
         int x = 0;
 #define NEIGHBOURS(N)                                                                                                  \
     for (; x + N <= width; x += N) {                                                                                   \
@@ -95,8 +105,8 @@ INLINE TARGET void NAME(depthwise_three)(const struct NAME(meeting) *met, int ld
 }
 
 /* One row of a depthwise convolution of c channels: y[x][:c] = or += sum over dy, dx of d[dy][dx] rows[dy][x + dx].
- * rows[dy] has its borders, or is NULL if it is all zero. Writes whole vectors, up to ROUNDED(c); or if `end` is given
- * what becomes of them there. */
+ * rows[dy] includes its borders, or is NULL if it is all zero. Writes whole vectors, up to ROUNDED(c); or, if `end` is
+ * given, the finished output there. */
 TARGET static void NAME(depthwise)(const float *const *rows, int ld, int stride, const float *d, int k, int c, float *y,
                                 int ldy, int width, int add, const struct ending *end)
 {
@@ -106,8 +116,8 @@ TARGET static void NAME(depthwise)(const float *const *rows, int ld, int stride,
     else NAME(depthwise_any)(&met, ld, stride, k, c, y, ldy, width, add, end);
 }
 
-/* A part of the gradient of a kernel: of `some` of its rows, of which the map's and the gradient's are given, and
- * `taps` of each. Four neighbours at once share what they read. */
+/* Part of the gradient of a kernel: `some` of its rows, for which the rows of the map and of the gradient are given, and
+ * `taps` entries of each. Four neighbours at a time share reads. */
 INLINE TARGET void NAME(taps)(const float *const *rows, float *const *gd, int ld, int stride, const float *t, int ldt,
                               int next, int width, const int some, const int taps)
 {
@@ -146,7 +156,7 @@ TARGET static void NAME(depthwise_gradient)(const float *const *rows, int ld, in
         for (int j = 0; j < c; j += V) {
             const float *from[3];
             float *to[3];
-            for (int i = 0; i < some; i++) from[i] = met.rows[dy + i] + j, to[i] = (float *)met.planes[dy + i] + j;
+            for (int i = 0; i < some; i++) from[i] = met.rows[dy + i] + j, to[i] = (float *)met.entries[dy + i] + j;
             int dx = 0;
 #define TAPS(SOME, N)                                                                                                  \
     if (some == SOME)                                                                                                  \
@@ -165,7 +175,7 @@ TARGET static void NAME(depthwise_gradient)(const float *const *rows, int ld, in
     }
 }
 
-/* The values in the basis, in `room`; if there is no basis, where they are. */
+/* The values in the basis, written to `room`; if there is no basis, the values themselves. */
 TARGET static const float *NAME(enter)(const struct layer *l, const struct parts *p, const float *x, int *ld, int rank,
                                        int channels, float *room, int positions)
 {
@@ -176,8 +186,8 @@ TARGET static const float *NAME(enter)(const struct layer *l, const struct parts
     return room;
 }
 
-/* What enter gave, mixed and out of the basis again, `rank` times `channels`; `back` as gradients are. If `end` is
- * given, which is for direct mixing, y is the output. */
+/* What enter returned, mixed and changed back from the basis: `rank` times `channels` values. With `back`, by the
+ * transposed products, as gradients are. If `end` is given, which is for direct mixing only, y is the output. */
 TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int back, const float *x, int ld, int rank,
                              int channels, float *room, float *y, int ldy, int positions, const struct ending *end)
 {
@@ -194,7 +204,7 @@ TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int b
     if (l->in_basis) NAME(change)(p->basis, l->order, mixed, ldr, y, ldy, channels, rank, positions);
 }
 
-/* Its gradient: for each product gw[read][written] += sum over positions of x[read] g[written]. */
+/* The gradient of the mix: for each product gw[read][written] += sum over positions of x[read] g[written]. */
 TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, int ldx, const float *g, int ldg,
                                       float *gw, int positions)
 {
@@ -205,13 +215,13 @@ TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, int
     }
 }
 
-/* Positions with some between them. */
+/* Copies positions of `values` values so that they lie `step` apart. */
 INLINE void NAME(spread)(const float *from, int ldf, float *to, size_t step, int values, int positions)
 {
     for (int p = 0; p < positions; p++) memcpy(to + p * step, from + floats(p, ldf), sizeof(float) * values);
 }
 
-/* The output from rows with padding between them. */
+/* The output from positions that lie `ld` apart. */
 TARGET static void NAME(finish)(const float *x, int ld, int c, int positions, const struct ending *end)
 {
     for (int p = 0; p < positions; p++)
@@ -221,16 +231,16 @@ TARGET static void NAME(finish)(const float *x, int ld, int c, int positions, co
 
 /* Output rows `first` to `last` - 1 of one image. */
 TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *residual,
-                                 int relu, float *y, int first, int last, float *scratch)
+                                 int relu, float *y, int first, int last, struct scratch scratch)
 {
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, wide = l->width + 2 * l->padding;
     int c = l->spatial_first ? ci : co, kept = l->spatial_first ? ci : co * l->rank, ld = padded(kept);
     int ldf = padded(l->spatial_first ? ci * l->rank : co), positions = wide > l->out_width ? wide : l->out_width;
-    float *ring = NAME(take)(&scratch, floats(k * wide, ld)); /* zeros at first, as its borders stay */
-    float *filtered = NAME(take)(&scratch, floats(positions, ldf));
-    float *in = NAME(take)(&scratch, floats(positions, padded(ci * l->rank)));
-    float *room = NAME(take)(&scratch, floats(positions, padded(co * l->rank)));
-    float *mixed = NAME(take)(&scratch, floats(positions, padded(co)));
+    float *ring = take_zeros(&scratch, floats(k * wide, ld)); /* its borders stay zero */
+    float *filtered = take(&scratch, floats(positions, ldf));
+    float *in = take(&scratch, floats(positions, padded(ci * l->rank)));
+    float *room = take(&scratch, floats(positions, padded(co * l->rank)));
+    float *mixed = take(&scratch, floats(positions, padded(co)));
     int ready = first * l->stride - l->padding;
     for (int o = first; o < last; o++) {
         const float *rows[MOST_K], *shifted[MOST_K];
@@ -272,11 +282,11 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     }
 }
 
-/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The adjoint of the spatial kernels is a convolution, with the
- * kernels flipped, of the gradients with stride - 1 zeros between them and k - 1 - padding around. gd is
- * flipped in `gc`. */
+/* The adjoint of the spatial kernels is a convolution with the flipped kernels, of the gradients with stride - 1 zeros
+ * between them and k - 1 - padding around. In `gc`, gd is found flipped. */
 TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, const float *x, const float *gy,
-                                  float *gx, float *gw, float *gd, float *gb, float *scratch)
+                                  float *gx, float *gw, float *gd, float *gb, int first, int last,
+                                  struct scratch scratch)
 {
     int k = l->k, stride = l->stride, border = k - 1 - l->padding, wide = l->width + k - 1, rank = l->rank;
     int ci = l->order * l->in_channels, co = l->order * l->out_channels, c = l->spatial_first ? ci : co;
@@ -284,18 +294,20 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
     int ldi = padded(l->spatial_first ? ci * rank : ci), ldo = padded(l->spatial_first ? co : co * rank);
     int positions = wide > l->out_width ? wide : l->out_width, around = l->width + 2 * l->padding;
     size_t planes = (size_t)k * k * ROUNDED(c);
-    /* Both are zeros at first, as what lies around and between the values stays so. */
-    float *ring = NAME(take)(&scratch, floats(k * wide, ld));
-    float *image = l->spatial_first ? NAME(take)(&scratch, floats(l->height * around, padded(ci))) : NULL;
+    int done = own_rows(l, first), end_row = own_rows(l, last);
+    /* Both are zeros at first: what lies around and between the values stays zero. */
+    float *ring = take_zeros(&scratch, floats(k * wide, ld));
+    float *image = l->spatial_first ? take_zeros(&scratch, floats(l->height * around, padded(ci))) : NULL;
     int batch = batch_of(l), most = positions * batch, longer = ldi > ldo ? ldi : ldo;
-    float *ins = NAME(take)(&scratch, floats(most, ldi)), *outs = NAME(take)(&scratch, floats(most, ldo));
-    float *room = NAME(take)(&scratch, floats(positions, longer));
-    float *mades = NAME(take)(&scratch, floats(most, longer)), *backs = NAME(take)(&scratch, floats(most, longer));
-    for (int i = 0; i < l->height && image; i++)
+    float *ins = take(&scratch, floats(most, ldi)), *outs = take(&scratch, floats(most, ldo));
+    float *room = take(&scratch, floats(positions, longer));
+    float *mades = take(&scratch, floats(most, longer)), *backs = take(&scratch, floats(most, longer));
+    int above_first = larger(done * stride - l->padding, 0), below_last = (end_row - 1) * stride - l->padding + k;
+    for (int i = above_first; i < smaller(below_last, l->height) && image; i++)
         NAME(spread)(x + floats(i * l->width, ci), ci, image + floats(i * around + l->padding, padded(ci)), padded(ci),
                      ci, l->width);
     int ready = 0;
-    for (int i = 0; i < l->height; i++) {
+    for (int i = first; i < last; i++) {
         const float *rows[MOST_K], *shifted[MOST_K];
         prefetch(gx + floats((i + 1) * l->width, ci), floats(l->width, ci));
         for (int dy = 0; dy < k; dy++) {
@@ -306,7 +318,8 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
             const float *from = gy + floats(o * l->out_width, co);
             prefetch(from + floats(l->out_width, co), floats(l->out_width, co));
             float *to = ring + floats(o % k * wide + border, ld);
-            if (gb) NAME(add_up)(from, co, l->out_width, gb);
+            int own = o >= done; /* or else a pass over the rows before has counted it */
+            if (gb && own) NAME(add_up)(from, co, l->out_width, gb);
             if (!l->spatial_first) {
                 NAME(spread)(from, co, to, (size_t)stride * ld, co, l->out_width);
                 continue;
@@ -316,16 +329,17 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
                 int at = o * stride - l->padding + t;
                 above[t] = at < 0 || at >= l->height ? NULL : image + floats(at * around, padded(ci));
             }
-            int lde = co, ldf = ldi, slot = o % batch * l->out_width;
+            int lde = co, ldf = ldi, slot = own ? (o - done) % batch * l->out_width : 0;
             float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades + floats(slot, ldi);
             float *back = backs;
             const float *entered = NAME(enter)(l, p, from, &lde, 1, l->out_channels, out, l->out_width);
-            if (entered == from) { /* whose last row has no room for vectors behind it */
+            if (entered == from) { /* there is no room for a whole vector behind the last position */
                 NAME(spread)(from, co, out, ldo, co, l->out_width);
                 entered = out, lde = ldo;
             }
             NAME(mix)(l, p, 1, entered, lde, rank, l->in_channels, room, back, ldi, l->out_width, NULL);
             NAME(spread)(back, ldi, to, (size_t)stride * ld, kept, l->out_width);
+            if (!own) continue;
             for (int r = 0; r < rank; r++) {
                 NAME(depthwise)(above, padded(ci), stride, p->spatial + r * planes, k, ci, made + r * ci, ldi,
                              l->out_width, 0, NULL);
@@ -334,10 +348,10 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
                                           l->out_width);
             }
             const float *filtered = NAME(enter)(l, p, made, &ldf, rank, l->in_channels, in, l->out_width);
-            if (slot == (batch - 1) * l->out_width || o == l->out_height - 1)
+            if (slot == (batch - 1) * l->out_width || o == end_row - 1)
                 NAME(mix_gradient)(l, filtered - floats(slot, ldf), ldf, outs, ldo, gw, slot + l->out_width);
         }
-        int slot = i % batch * l->width;
+        int slot = (i - first) % batch * l->width;
         float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades;
         float *back = backs + (l->spatial_first ? 0 : floats(slot, ldo));
         struct ending end = {.y = gx + floats(i * l->width, ci)};
@@ -356,7 +370,7 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
             for (int r = 0; r < rank && gd; r++)
                 NAME(depthwise_gradient)(rows, ld, 1, made + r * co, ldo, k, co, gd + r * planes, l->width);
             const float *gradient = NAME(enter)(l, p, back, &ldg, rank, l->out_channels, out, l->width);
-            if (slot == (batch - 1) * l->width || i == l->height - 1)
+            if (slot == (batch - 1) * l->width || i == last - 1)
                 NAME(mix_gradient)(l, entered - floats(slot, lde), lde, gradient - floats(slot, ldg), ldg, gw,
                                    slot + l->width);
             if (l->in_basis) {

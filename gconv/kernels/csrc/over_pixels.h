@@ -1,21 +1,37 @@
-/* The kernels of separable_conv.c with a plane for each channel, for layers of few channels and stride one. Vectors hold
- * eight neighbouring positions, so none is part empty because a block of a matrix has few channels: products in the
- * irreducible representations cost what they should. Channels-last maps are transposed as they are read and as they are
- * written. An image is done in bands of rows, whose planes stay in the second cache.
+/* The kernels of separable_conv.c with a plane for each channel, for layers of few channels and stride one. A vector holds
+ * eight neighbouring pixels of a channel, so no vector is partly empty because a block of a matrix has few channels, and
+ * products in the irreducible representations cost no more than they should. Channels-last maps are transposed when they
+ * are read and when they are written. An image is processed in bands of rows, whose planes stay in the second-level cache.
  *
- * Where the kernel reads beyond the sides of a map, vectors are masked. Above and below there are rows of zeros; they,
- * and what a row has more than the map, are zeros at first and stay so. */
+ * Where the kernel reads beyond the sides of a map, vectors are masked. Above and below the map there are rows of zeros.
+ * Those above are never written; those below are cleared where a band before has written them. */
 
 #include "vectors.h"
 
-/* The planes of a band, one every plane_of() values: `at` is where row `top` of the first begins. */
+/* How many values a row of a plane has; the values before its first row, among them the zeros above the map; and all values
+ * of a plane of so many rows: an odd number of cache lines, because caches mistake addresses for each other that are a
+ * large power of two apart. */
+static inline int pitch_of(const struct layer *l) { return larger(l->width, l->out_width); }
+
+static inline int margin_of(const struct layer *l)
+{
+    return rounded(larger(l->k - 1 - l->padding, l->padding) * (pitch_of(l) + 1), SPARE);
+}
+
+static inline int plane_floats(const struct layer *l, int rows)
+{
+    return (margin_of(l) + rounded(rows * pitch_of(l) + 8 + l->k, SPARE)) | SPARE;
+}
+
+/* The planes of a band, one every plane_floats() values; `at` is where row `top` of the first plane begins. */
 struct NAME(planes) { float *at; int top; };
 
-/* What filters read and give: `rows` rows of `columns` values from rows of `width`, with `padding` at the side; in both
- * a row is `pitch` values from the one before, as an entry of the kernel is `next` values from the one before. */
+/* What filters read and write: from rows of `width` values, with `padding` at the sides, `rows` rows of `columns` values.
+ * In both, a row begins `pitch` values after the one before; an entry of the kernel lies `next` values after the one
+ * before. */
 struct NAME(window) { int k, padding, pitch, next, width, columns, rows; };
 
-/* Which of eight values from the one with the number `at` on there are in a row of `width`, as bits. */
+/* Which of the eight values from number `at` on lie inside a row of `width` values, as bits. */
 INLINE unsigned NAME(inside)(int at, int width)
 {
     int before = at < 0 ? -at : 0, beyond = at + V > width ? at + V - width : 0;
@@ -43,7 +59,7 @@ INLINE TARGET void NAME(transpose)(vec *v)
     }
 }
 
-/* Rows x [rows][width][c] of a channels-last map into planes. Behind them are zeros then, as far as a vector goes. */
+/* Writes rows x [rows][width][c] of a channels-last map into planes, with zeros behind them, as far as a vector goes. */
 TARGET static void NAME(enter)(const float *x, int c, int width, int rows, float *planes, int plane, int pitch)
 {
     if (width == pitch) width *= rows, rows = 1;
@@ -65,7 +81,7 @@ TARGET static void NAME(enter)(const float *x, int c, int width, int rows, float
             }
 }
 
-/* Planes of the channels from `column` on, at most eight, of c, as such rows of the output. */
+/* Writes planes of at most eight of the c channels, from number `column` on, as such rows of the output. */
 INLINE TARGET void NAME(leave)(const float *planes, int plane, int pitch, int column, int c, int width, int rows,
                                const struct ending *end)
 {
@@ -89,7 +105,7 @@ INLINE TARGET void NAME(leave)(const float *planes, int plane, int pitch, int co
         }
 }
 
-/* x[s][i][:values] = sum over t of change[s][t] x[t][i][:values] for all channels i, and of what a vector has more. */
+/* x[s][i][:values] = sum over t of change[s][t] x[t][i][:values] for all channels i, up to a whole number of vectors. */
 INLINE TARGET void NAME(change_of)(const float *change, const int s, float *x, int plane, int channels, int values)
 {
     size_t apart = floats(channels, plane);
@@ -106,7 +122,7 @@ INLINE TARGET void NAME(change_of)(const float *change, const int s, float *x, i
         }
 }
 
-/* `rank` times `channels` planes of each element of the group, into the basis or out of it, where they are. */
+/* Changes `rank` times `channels` planes of each group element into the basis or back from it, in place. */
 TARGET static void NAME(change)(const struct layer *l, const float *change, float *x, int plane, int channels, int rank,
                                 int values)
 {
@@ -118,7 +134,7 @@ TARGET static void NAME(change)(const struct layer *l, const float *change, floa
         }
 }
 
-/* The matrix products of a mix; `back` as gradients are. */
+/* The matrix products of a mix; with `back` the transposed ones, as gradients are. */
 TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int back, const float *x, float *y,
                              int plane, int values)
 {
@@ -132,7 +148,7 @@ TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int b
     }
 }
 
-/* gw[i][j] += x[i] g[j], products of n values each, apart in the lanes. */
+/* gw[i][j] += x[i] g[j], products of n values each; the sums of the lanes are kept apart. */
 INLINE TARGET void NAME(products)(const float *x, const float *g, int plane, int n, float *gw, int ldw, const int rows,
                                   const int cols)
 {
@@ -172,7 +188,7 @@ TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, con
     }
 }
 
-/* filter() of size three: what a row of the map adds to three rows is added as it is read. */
+/* `filter` for kernels of size three: each row of the map is read once and added to three rows. */
 INLINE TARGET void NAME(filter_three)(const struct NAME(window) *w, const float *x, const float *d, float *y,
                                       const int add)
 {
@@ -224,8 +240,8 @@ TARGET static void NAME(filter)(const struct NAME(window) *w, const float *x, co
         }
 }
 
-/* The gradient of `high` times `wide` entries of a kernel, the first of them with the number `first` in its row: of all
- * nine, or of one. */
+/* The gradient of `high` times `wide` entries of a kernel, all nine or one; `first` is the place of the first entry in its
+ * row. */
 INLINE TARGET void NAME(taps)(const struct NAME(window) *w, const float *x, int first, const float *t, float *gd,
                               const int high, const int wide)
 {
@@ -237,7 +253,7 @@ INLINE TARGET void NAME(taps)(const struct NAME(window) *w, const float *x, int 
         const float *from = x + q, *with = t + q;
         unsigned masks[3], all = NAME(inside)(q, w->columns);
         UNROLLED for (int dx = 0; dx < wide; dx++) masks[dx] = NAME(inside)(q + first + dx - w->padding, w->width);
-        vec values[3] = {{0}}; /* of a row and those above, which the row of the map meets too */
+        vec values[3] = {{0}}; /* of a row, and of the rows above that the same row of the map meets */
         for (int i = 0; i < w->rows + high - 1; i++, from += w->pitch, with += w->pitch) {
             if (high == 3) values[2] = values[1], values[1] = values[0];
             values[0] = i < w->rows ? NAME(load_some)(all, with) : (vec){0};
@@ -251,7 +267,7 @@ INLINE TARGET void NAME(taps)(const struct NAME(window) *w, const float *x, int 
         UNROLLED for (int dx = 0; dx < wide; dx++) NAME(store)(gd + floats(dy * row + dx * w->next, V), sums[dy][dx]);
 }
 
-/* The gradient of a kernel: gd[dy][dx] += sum over i, q of t[i][q] x[i + dy][q + dx], apart in the lanes. */
+/* The gradient of a kernel: gd[dy][dx] += sum over i, q of t[i][q] x[i + dy][q + dx]; the sums of the lanes are kept apart. */
 TARGET static void NAME(filter_gradient)(const struct NAME(window) *w, const float *x, const float *t, float *gd)
 {
     if (w->k == 3) {
@@ -263,35 +279,37 @@ TARGET static void NAME(filter_gradient)(const struct NAME(window) *w, const flo
             NAME(taps)(w, x + floats(dy, w->pitch) + dx, dx, t, gd + floats((dy * w->k + dx) * w->next, V), 1, 1);
 }
 
-INLINE TARGET struct NAME(planes) NAME(take_planes)(float **scratch, const struct layer *l, int channels, int plane,
+INLINE TARGET struct NAME(planes) NAME(take_planes)(struct scratch *scratch, const struct layer *l, int channels, int plane,
                                                     int top)
 {
-    return (struct NAME(planes)){NAME(take)(scratch, floats(channels, plane)) + margin_of(l), top};
+    return (struct NAME(planes)){take_zeros(scratch, floats(channels, plane)) + margin_of(l), top};
 }
 
-/* Zeros in place of rows below the map, which the band before may have had: those after the first `rows` of `most`. */
-INLINE TARGET void NAME(clear_below)(const struct NAME(planes) *p, int channels, int plane, int pitch, int rows,
-                                     int most)
+/* Writes zeros below the map, where a band before may have written values: in planes that have the rows up to `to` - 1,
+ * of a map of `height` rows, and that are read up to row `end` - 1. */
+INLINE TARGET void NAME(clear_below)(const struct NAME(planes) *p, int channels, int plane, int pitch, int to, int height,
+                                     int end)
 {
+    if (end <= height) return;
     for (int i = 0; i < channels; i++)
-        memset(p->at + floats(i, plane) + floats(rows, pitch), 0, sizeof(float) * floats(most - rows, pitch));
+        memset(p->at + floats(i, plane) + floats(to - p->top, pitch), 0, sizeof(float) * floats(end - to, pitch));
 }
 
-/* Where, for row `first` of what a filter gives, that begins which it reads of a plane. */
+/* Where the values of a plane begin that a filter reads for row `first` of its output. */
 INLINE const float *NAME(reach)(const struct NAME(planes) *p, int channel, int plane, const struct NAME(window) *w,
                                 int first)
 {
     return p->at + floats(channel, plane) + (ptrdiff_t)(first - w->padding - p->top) * w->pitch - w->padding;
 }
 
-/* Output rows `first` to `last` - 1 of one image. The scratch is zeros at first. */
-TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *residual,
-                                 int relu, float *y, int first, int last, float *scratch)
+/* Rows `first` to `last` - 1 of the output, at most p->rows. */
+TARGET static void NAME(forward_band)(const struct layer *l, const struct parts *p, const float *x, const float *residual,
+                                      int relu, float *y, int first, int last, struct scratch scratch)
 {
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels, rank = l->rank;
-    int c = l->spatial_first ? ci : co, most = p->rows + k - 1, plane = plane_of(l, most), pitch = pitch_of(l);
-    int from = first - l->padding, to = last - l->padding + k - 1, rows = last - first;
-    from = from < 0 ? 0 : from, to = to > l->height ? l->height : to;
+    int c = l->spatial_first ? ci : co, plane = plane_floats(l, p->rows + k - 1), pitch = pitch_of(l);
+    int from = larger(first - l->padding, 0), below = last - l->padding + k - 1, to = smaller(below, l->height);
+    int rows = last - first;
     int values = (l->spatial_first ? rows : to - from) * pitch;
     struct NAME(window) w = {k, l->padding, pitch, c, l->width, l->out_width, rows};
     struct NAME(planes) in = NAME(take_planes)(&scratch, l, ci, plane, from);
@@ -301,7 +319,7 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     struct ending end = {p->bias, residual ? residual + at : NULL, relu, y + at};
     NAME(enter)(x + floats(from * l->width, ci), ci, l->width, to - from, in.at, plane, pitch);
     if (l->spatial_first) {
-        if (first > 0) NAME(clear_below)(&in, ci, plane, pitch, to - from, most);
+        NAME(clear_below)(&in, ci, plane, pitch, to, l->height, below);
         for (int i = 0; i < ci; i++)
             for (int r = 0; r < rank; r++)
                 NAME(filter)(&w, NAME(reach)(&in, i, plane, &w, first), p->spatial + r * k * k * c + i,
@@ -316,7 +334,7 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     NAME(change)(l, p->basis_back, in.at, plane, l->in_channels, 1, values);
     NAME(mix)(l, p, 0, in.at, made.at, plane, values);
     NAME(change)(l, p->basis, made.at, plane, l->out_channels, rank, values);
-    if (first > 0) NAME(clear_below)(&made, c * rank, plane, pitch, to - from, most);
+    NAME(clear_below)(&made, c * rank, plane, pitch, to, l->height, below);
     for (int j = 0; j < co; j += V) {
         for (int i = j; i < co && i < j + V; i++)
             for (int r = 0; r < rank; r++)
@@ -326,18 +344,26 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     }
 }
 
-/* Of a backward pass the rows `first` to `last` - 1 of the map, and those of the output that they meet, `from` to
- * `to` - 1; the window that gives what of the gradients of the output comes back to them; where their gradients go; and
- * planes of the gradients of the output. */
+TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, const float *x, const float *residual,
+                                 int relu, float *y, int first, int last, struct scratch scratch)
+{
+    int all = last - first, bands = (all + p->rows - 1) / p->rows;
+    for (int i = 0; i < bands; i++)
+        NAME(forward_band)(l, p, x, residual, relu, y, first + all * i / bands, first + all * (i + 1) / bands, scratch);
+}
+
+/* A band of a backward pass: the rows `first` to `last` - 1 of the map, and the rows `from` to `to` - 1 of the output that
+ * they meet, which with the zeros below the output would end at `below`; the window by which the gradients of the output
+ * come back to the map; where the gradients of the map go; and planes of the gradients of the output. */
 struct NAME(band) {
-    int first, last, from, to, plane, pitch, most;
+    int first, last, from, to, below, plane, pitch;
     struct NAME(window) back;
     struct ending end;
     struct NAME(planes) g;
-    float *scratch;
+    struct scratch scratch;
 };
 
-/* Of `gc`: mix, then filters. The gradient of these is found flipped. */
+/* A band of `gc`: mix, then filters. The gradient of the filters is found flipped. */
 TARGET static void NAME(backward_gc)(const struct layer *l, const struct parts *p, const float *x, struct NAME(band) *b,
                                      float *gw, float *gd)
 {
@@ -347,7 +373,7 @@ TARGET static void NAME(backward_gc)(const struct layer *l, const struct parts *
     struct NAME(planes) in = NAME(take_planes)(&b->scratch, l, ci, plane, b->first);
     struct NAME(planes) made = NAME(take_planes)(&b->scratch, l, longer, plane, b->first);
     struct NAME(planes) gradient = NAME(take_planes)(&b->scratch, l, co * rank, plane, b->first);
-    if (b->first > 0) NAME(clear_below)(&b->g, co, plane, b->pitch, b->to - b->from, b->most);
+    NAME(clear_below)(&b->g, co, plane, b->pitch, b->to, l->out_height, b->below);
     NAME(enter)(x + floats(b->first * l->width, ci), ci, l->width, rows, in.at, plane, b->pitch);
     NAME(change)(l, p->basis_back, in.at, plane, l->in_channels, 1, values);
     NAME(mix)(l, p, 0, in.at, made.at, plane, values);
@@ -368,15 +394,14 @@ TARGET static void NAME(backward_gc)(const struct layer *l, const struct parts *
         NAME(leave)(made.at + floats(j, plane), plane, b->pitch, j, ci, l->width, rows, &b->end);
 }
 
-/* Of `gc_in`: filters, then mix. To the gradients of the parameters add the rows of the output from `done` on, as those
- * before have been in another band. */
+/* A band of `gc_in`: filters, then mix. The rows of the output from `done` on are added to the gradients of the parameters;
+ * those before have been added with another band. */
 TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct parts *p, const float *x,
                                         struct NAME(band) *b, int done, float *gw, float *gd)
 {
     int k = l->k, kk = k * k, ci = l->order * l->in_channels, rank = l->rank, rows = b->to - done;
     int plane = b->plane, pitch = b->pitch, values = (b->to - b->from) * pitch;
-    int above = done - l->padding, below = b->to - l->padding + k - 1;
-    above = above < 0 ? 0 : above, below = below > l->height ? l->height : below;
+    int above = larger(done - l->padding, 0), end = b->to - l->padding + k - 1, below = smaller(end, l->height);
     struct NAME(window) back = b->back, w = {k, l->padding, pitch, ci, l->width, l->out_width, rows};
     struct NAME(planes) in = NAME(take_planes)(&b->scratch, l, ci, plane, above);
     struct NAME(planes) made = NAME(take_planes)(&b->scratch, l, rounded(ci * rank, V), plane, done);
@@ -387,7 +412,7 @@ TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct part
     if (rows > 0) {
         size_t later = floats(done - b->from, pitch);
         NAME(enter)(x + floats(above * l->width, ci), ci, l->width, below - above, in.at, plane, pitch);
-        if (b->first > 0) NAME(clear_below)(&in, ci, plane, pitch, below - above, b->most);
+        NAME(clear_below)(&in, ci, plane, pitch, below, l->height, end);
         for (int i = 0; i < ci; i++) {
             const float *read = NAME(reach)(&in, i, plane, &w, done);
             for (int r = 0; r < rank; r++) {
@@ -399,7 +424,7 @@ TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct part
         NAME(change)(l, p->basis_back, made.at, plane, l->in_channels, rank, rows * pitch);
         NAME(mix_gradient)(l, made.at, b->g.at + later, plane, gw, rows * pitch);
     }
-    if (b->first > 0) NAME(clear_below)(&gradient, ci * rank, plane, pitch, b->to - b->from, b->most);
+    NAME(clear_below)(&gradient, ci * rank, plane, pitch, b->to, l->out_height, b->below);
     for (int j = 0; j < ci; j += V) {
         for (int i = j; i < ci && i < j + V; i++)
             for (int r = 0; r < rank; r++)
@@ -409,27 +434,27 @@ TARGET static void NAME(backward_gc_in)(const struct layer *l, const struct part
     }
 }
 
-/* One image: gx, and added to gw and, if they are not NULL, gd and gb. The adjoint of the spatial kernels is a convolution of the
- * gradients, with the kernels flipped and k - 1 - padding around. Of gw and gd there are eight sums each. */
+/* The adjoint of the spatial kernels is a convolution of the gradients with the flipped kernels, with k - 1 - padding
+ * zeros around. Of each value of gw and gd there are eight sums. */
 TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, const float *x, const float *gy,
-                                  float *gx, float *gw, float *gd, float *gb, float *scratch)
+                                  float *gx, float *gw, float *gd, float *gb, int first, int last, struct scratch scratch)
 {
     int k = l->k, ci = l->order * l->in_channels, co = l->order * l->out_channels;
-    int border = k - 1 - l->padding, pitch = pitch_of(l), most = p->rows + k - 1, plane = plane_of(l, most), done = 0;
-    if (gb) NAME(add_up)(gy, co, l->out_height * l->out_width, gb);
-    for (int first = 0, last; first < l->height; first = last) {
-        last = first + p->rows < l->height ? first + p->rows : l->height;
-        int from = first - border, to = last - border + k - 1;
-        from = from < 0 ? 0 : from, to = to > l->out_height ? l->out_height : to;
-        struct NAME(band) b = {.first = first, .last = last, .from = from, .to = to, .plane = plane, .pitch = pitch};
-        b.most = most, b.scratch = scratch;
-        b.back = (struct NAME(window)){k, border, pitch, l->spatial_first ? ci : co, l->out_width, l->width, last - first};
-        b.end = (struct ending){.y = gx + floats(first * l->width, ci)};
-        b.g = NAME(take_planes)(&b.scratch, l, co, plane, from);
-        NAME(enter)(gy + floats(from * l->out_width, co), co, l->out_width, to - from, b.g.at, plane, pitch);
+    int border = k - 1 - l->padding, pitch = pitch_of(l), plane = plane_floats(l, p->rows + k - 1);
+    int bands = (last - first + p->rows - 1) / p->rows, done = own_rows(l, first), all = last - first;
+    if (gb) NAME(add_up)(gy + floats(done * l->out_width, co), co, (own_rows(l, last) - done) * l->out_width, gb);
+    for (int i = 0; i < bands; i++) {
+        struct NAME(band) b = {.first = first + all * i / bands, .last = first + all * (i + 1) / bands};
+        b.from = larger(b.first - border, 0), b.below = b.last - border + k - 1, b.to = smaller(b.below, l->out_height);
+        b.plane = plane, b.pitch = pitch, b.scratch = scratch;
+        b.back = (struct NAME(window)){k, border, pitch, l->spatial_first ? ci : co, l->out_width, l->width,
+                                       b.last - b.first};
+        b.end = (struct ending){.y = gx + floats(b.first * l->width, ci)};
+        b.g = NAME(take_planes)(&b.scratch, l, co, plane, b.from);
+        NAME(enter)(gy + floats(b.from * l->out_width, co), co, l->out_width, b.to - b.from, b.g.at, plane, pitch);
         if (l->spatial_first) NAME(backward_gc_in)(l, p, x, &b, done, gw, gd);
         else NAME(backward_gc)(l, p, x, &b, gw, gd);
-        done = to > done ? to : done;
+        done = larger(b.to, done);
     }
 }
 

@@ -1,152 +1,26 @@
 /* Group convolutions of the forms gc and gc_in, factorised, in one pass over their maps.
  *
  * Maps are channels-last and group-major: the values of a position are [S][C]. A layer mixes them by small matrix
- * products, in a basis of the group axis or directly, and filters every channel in the plane by itself, in the one
- * order or the other. Done one after the other for whole maps that is a matter of memory; here each thread takes an
- * image and does it by rows, so that what lies between the two stays in its cache: row by row with vectors of channels
- * (over_channels.h), or in bands of rows with vectors of positions, where channels are few (over_pixels.h).
- *
- * Both are included once for each instruction set that they are for. Threads are those of the OpenMP library that PyTorch
- * has loaded, to which this one leaves its symbols to be resolved.
- */
+ * products, in a basis of the group axis or directly, and filters every channel by itself with a spatial kernel. In `gc`
+ * the mix comes first, in `gc_in` the spatial kernels do. Run one after the other on whole maps, these two steps are
+ * limited by memory. Here each thread works on a few rows at a time, so that the values between the steps stay in its
+ * cache: row by row with vectors of channels (over_channels.h), or in bands of rows with vectors of pixels, where
+ * channels are few (over_pixels.h). Both files are included once for each instruction set that they support. */
 
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "layer.h"
+#include "scratch.h"
+#include "versions.h"
+#include "workers.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-
-/* The mix is a sum of matrix products. The entries of a row of `table` that describes one of them: */
-enum {
-    READ,          /* the first value of a position that it reads, */
-    DEPTH,         /* how many, */
-    WRITTEN,       /* the first value that it writes */
-    COLUMNS,       /* and how many; */
-    ADDED,         /* whether it adds them to what is there, and */
-    ADDED_BACK,    /* whether the transposed product, of the gradients, does; */
-    PACKED,        /* where its matrix [COLUMNS][DEPTH] is among those packed, and */
-    PACKED_BACK,   /* where the transposed one is; */
-    TERM,          /* of the R terms of the filter the one that it is of; */
-    SIZE,          /* d: the matrix is made of d d blocks [out_channels][in_channels], */
-    MATRICES,      /* each a sum over u of the mix, times [S][d][d] at this place of `matrices`; */
-    FIRST,         /* whether it is the first product with this matrix */
-    ENTRIES
-};
-
-struct layer {
-    int order, in_channels, out_channels, rank, spatial_first;
-    int k, stride, padding, height, width, out_height, out_width;
-    int products, in_basis, biased;
-    int weights, weights_back; /* how many floats the packed matrices are */
-    const int *table;
-    const float *matrices, *basis; /* of the group: see TERM, SIZE and MATRICES; and [S][S] */
-    const int *pixels;             /* [S][k k]: entry y of a kernel transformed by s is that entry of the kernel */
-};
-
-enum { MOST_K = 15, MOST_ORDER = 8, SPARE = 16, BAND = 1 << 17 /* floats of all planes of one, in over_pixels.h */ };
-
-/* What `pack` writes, one after the other, and the basis. Where vectors are of channels, these are rounded up to their
- * length, `lanes`; else to one. */
-struct parts {
-    float *weights;            /* each matrix [COLUMNS / lanes][DEPTH][lanes] */
-    float *weights_back;       /* likewise, of the transposed ones */
-    float *spatial;             /* [rank][k k][channels] */
-    float *spatial_back;        /* the same, flipped */
-    float *bias;               /* [S out_channels], or NULL */
-    int rows;                  /* of a band, in over_pixels.h */
-    float basis[MOST_ORDER * MOST_ORDER], basis_back[MOST_ORDER * MOST_ORDER]; /* [S][S] and its transpose */
-};
-
-/* A row length with room for a vector that begins at the last value. */
-static inline int padded(int values) { return (values + SPARE - 1) / SPARE * SPARE + SPARE; }
-
-static inline int rounded(int values, int lanes) { return (values + lanes - 1) / lanes * lanes; }
-
-static inline int spatial_channels(const struct layer *l)
-{
-    return l->order * (l->spatial_first ? l->in_channels : l->out_channels);
-}
-
-/* How many floats the packed spatial kernels are. */
-static inline size_t spatial_floats(const struct layer *l, int lanes)
-{
-    return (size_t)l->rank * l->k * l->k * rounded(spatial_channels(l), lanes);
-}
-
-static struct parts parts_of(const struct layer *l, int lanes, const float *packed)
-{
-    size_t planes = spatial_floats(l, lanes);
-    struct parts p;
-    p.weights = (float *)packed;
-    p.weights_back = p.weights + l->weights;
-    p.spatial = p.weights_back + l->weights_back;
-    p.spatial_back = p.spatial + planes;
-    p.bias = l->biased ? p.spatial_back + planes : NULL;
-    for (int i = 0; i < l->order; i++)
-        for (int j = 0; j < l->order; j++)
-            p.basis[i * l->order + j] = p.basis_back[j * l->order + i] = l->basis[i * l->order + j];
-    return p;
-}
-
-/* Rows whose matrix gradients are computed together: of short ones the sums would be read and written too often. */
-static inline int batch_of(const struct layer *l)
-{
-    int width = l->spatial_first ? l->out_width : l->width;
-    return width < 64 ? 64 / width : 1;
-}
-
-static inline size_t floats(int positions, int row) { return (size_t)positions * row; }
-
-/* Of over_pixels.h: how many values a row of a plane has, those before the first row, among them zeros above the map, and all
- * of a plane with this many rows: an odd number of lines, as caches mistake addresses for each other that are a large
- * power of two apart. */
-static inline int pitch_of(const struct layer *l) { return l->width > l->out_width ? l->width : l->out_width; }
-
-static inline int margin_of(const struct layer *l)
-{
-    int border = l->k - 1 - l->padding, most = border > l->padding ? border : l->padding;
-    return rounded(most * (pitch_of(l) + 1), SPARE);
-}
-
-static inline int plane_of(const struct layer *l, int rows)
-{
-    return (margin_of(l) + rounded(rows * pitch_of(l) + 8 + l->k, SPARE)) | SPARE;
-}
-
-/* What becomes of what the filters give, and where: a bias [S O] and another map are added, if they are not NULL, and
- * then comes ReLU, if asked. */
-struct ending { const float *bias, *residual; int relu; float *y; };
-
-/* Into the second cache, as whole maps are seldom there: what will be read or written next. */
-static inline void prefetch(const float *from, size_t size)
-{
-    for (size_t i = 0; i < size; i += 16) __builtin_prefetch(from + i, 0, 2);
-}
-
-typedef void forward_rows(const struct layer *, const struct parts *, const float *x, const float *residual, int relu,
-                          float *y, int first, int last, float *scratch);
-typedef void backward_image(const struct layer *, const struct parts *, const float *x, const float *gy, float *gx,
-                            float *gw, float *gd, float *gb, float *scratch);
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 16")
-
-#if defined(__x86_64__)
-#define AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma")))
-
-#define NAME(x) x##_avx512
-#define TARGET AVX512
-#define V 16
-#define REGISTERS 32
-#define WIDE 3
-#define LOAD_MASKED(mask, from) _mm512_maskz_loadu_ps((__mmask16)(mask), from)
-#define STORE_MASKED(to, mask, value) _mm512_mask_storeu_ps(to, (__mmask16)(mask), (__m512)(value))
-#include "over_channels.h"
 
 #define NAME(x) x##_pixels
-#define TARGET AVX512
+#define TARGET TARGET_AVX512
 #define V 8
 #define REGISTERS 32
 #define WIDE 5
@@ -154,8 +28,17 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #define STORE_MASKED(to, mask, value) _mm256_mask_storeu_ps(to, (__mmask8)(mask), (__m256)(value))
 #include "over_pixels.h"
 
+#define NAME(x) x##_avx512
+#define TARGET TARGET_AVX512
+#define V 16
+#define REGISTERS 32
+#define WIDE 3
+#define LOAD_MASKED(mask, from) _mm512_maskz_loadu_ps((__mmask16)(mask), from)
+#define STORE_MASKED(to, mask, value) _mm512_mask_storeu_ps(to, (__mmask16)(mask), (__m512)(value))
+#include "over_channels.h"
+
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET TARGET_AVX2
 #define V 8
 #define REGISTERS 16
 #define WIDE 3
@@ -163,290 +46,241 @@ typedef void backward_image(const struct layer *, const struct parts *, const fl
 #endif
 
 #define NAME(x) x##_any
-#define TARGET
+#define TARGET TARGET_ANY
 #define V 4
+#if defined(__aarch64__)
+#define REGISTERS 32
+#else
 #define REGISTERS 16
+#endif
 #define WIDE 3
 #include "over_channels.h"
 
-/* `sums`: how many are kept of each value of the gradients of the parameters, to be added up at the end; above one those
- * of over_pixels.h. */
-static const struct { int lanes, sums; forward_rows *forward; backward_image *backward; } variants[] = {
+const struct version versions[] = {
 #if defined(__x86_64__)
-    {1, 8, forward_pixels, backward_pixels},
-    {16, 1, forward_avx512, backward_avx512},
-    {8, 1, forward_avx2, backward_avx2},
+    {AVX512, 1, 8, forward_pixels, backward_pixels},
+    {AVX512, 16, 1, forward_avx512, backward_avx512},
+    {AVX2, 8, 1, forward_avx2, backward_avx2},
+#else
+    {AVX512, 1, 8, NULL, NULL}, /* keeps its number, and is never used */
 #endif
-    {4, 1, forward_any, backward_any},
+    {ANY, 4, 1, forward_any, backward_any},
 };
-
-/* To a multiple of what that variant rounds channels up; 0 if this processor cannot run it, -1 if there is none of that
- * number. */
-int gconv_lanes(int variant)
-{
-    if (variant < 0 || variant >= (int)(sizeof variants / sizeof *variants)) return -1;
-    int lanes = variants[variant].lanes;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (variant < 2 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
-                         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")))
-        return 0;
-    if (variant == 2 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
-#endif
-    return lanes;
-}
-
-/* Where the S entries of a mix are, `gc` [O][R][I][S] or `gc_in` [I][R][O][S]. */
-static inline size_t mix_at(const struct layer *l, int term, int o, int i)
-{
-    size_t first = l->spatial_first ? i : o, second = l->spatial_first ? o : i;
-    return ((first * l->rank + term) * (l->spatial_first ? l->out_channels : l->in_channels) + second) * l->order;
-}
-
-/* Of one term of a mix, the S matrices [O][I] one after the other, in `apart`, and from these those of the products. */
-static void pack_term(const struct layer *l, const struct parts *p, int lanes, int term, const float *mix, float *apart,
-                      float *matrix)
-{
-    int s = l->order, outs = l->out_channels, ins = l->in_channels;
-    size_t pairs = (size_t)outs * ins;
-    for (int o = 0; o < outs; o++)
-        for (int i = 0; i < ins; i++) {
-            const float *from = mix + mix_at(l, term, o, i);
-            for (int u = 0; u < s; u++) apart[u * pairs + o * ins + i] = from[u];
-        }
-    for (int n = 0; n < l->products; n++) {
-        const int *t = l->table + ENTRIES * n;
-        if (t[TERM] != term || !t[FIRST]) continue;
-        int d = t[SIZE], depth = t[DEPTH], columns = t[COLUMNS];
-        memset(matrix, 0, sizeof(float) * columns * depth);
-        for (int a = 0; a < d; a++)
-            for (int b = 0; b < d; b++)
-                for (int u = 0; u < s; u++) {
-                    float factor = l->matrices[t[MATRICES] + (u * d + a) * d + b];
-                    if (factor == 0) continue;
-                    for (int o = 0; o < outs; o++) {
-                        float *to = matrix + (size_t)(a * outs + o) * depth + b * ins;
-                        const float *from = apart + u * pairs + (size_t)o * ins;
-                        for (int i = 0; i < ins; i++) to[i] += factor * from[i];
-                    }
-                }
-        float *w = p->weights + t[PACKED], *back = p->weights_back + t[PACKED_BACK];
-        for (int j = 0; j < columns; j += lanes)
-            for (int e = 0; e < depth; e++)
-                for (int n = j; n < j + lanes; n++) *w++ = n < columns ? matrix[(size_t)n * depth + e] : 0;
-        for (int e = 0; e < depth; e += lanes)
-            for (int j = 0; j < columns; j++)
-                for (int n = e; n < e + lanes; n++) *back++ = n < depth ? matrix[(size_t)j * depth + n] : 0;
-    }
-}
-
-/* The inverse for gradients: from those of the packed matrices, each [DEPTH][COLUMNS], that of one term of the mix. */
-static void unpack_term(const struct layer *l, int lanes, int term, const float *sums, float *apart, float *mix)
-{
-    int s = l->order, outs = l->out_channels, ins = l->in_channels;
-    size_t pairs = (size_t)outs * ins;
-    memset(apart, 0, sizeof(float) * s * pairs);
-    for (int n = 0; n < l->products; n++) {
-        const int *t = l->table + ENTRIES * n;
-        if (t[TERM] != term || !t[FIRST]) continue;
-        int d = t[SIZE], row = rounded(t[COLUMNS], lanes);
-        for (int a = 0; a < d; a++)
-            for (int b = 0; b < d; b++)
-                for (int u = 0; u < s; u++) {
-                    float factor = l->matrices[t[MATRICES] + (u * d + a) * d + b];
-                    if (factor == 0) continue;
-                    for (int i = 0; i < ins; i++) {
-                        const float *from = sums + t[PACKED] + (size_t)(b * ins + i) * row + a * outs;
-                        float *to = apart + u * pairs + (size_t)i * outs;
-                        for (int o = 0; o < outs; o++) to[o] += factor * from[o];
-                    }
-                }
-    }
-    for (int o = 0; o < outs; o++)
-        for (int i = 0; i < ins; i++) {
-            float *to = mix + mix_at(l, term, o, i);
-            for (int u = 0; u < s; u++) to[u] = apart[u * pairs + (size_t)i * outs + o];
-        }
-}
-
-/* Room for the two above. */
-static float *room_for_term(const struct layer *l)
-{
-    size_t pairs = (size_t)l->order * l->in_channels * l->out_channels;
-    return malloc(sizeof(float) * pairs * (1 + l->order));
-}
-
-/* The parameters of a layer as the kernels read them: mix as above, spatial [C][R][k k], C that of the spatial kernels,
- * and bias [O]. Returns 0, or 1 if there is no memory. */
-int gconv_pack(int variant, const struct layer *l, int threads, const float *mix, const float *spatial,
-               const float *bias, float *packed)
-{
-    int lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, failed = 0;
-    int each = spatial_channels(l) / s, row = rounded(spatial_channels(l), lanes), outs = l->out_channels;
-    struct parts p = parts_of(l, lanes, packed);
-#pragma omp parallel for num_threads(threads) if (l->weights > 1 << 16)
-    for (int r = 0; r < l->rank; r++) {
-        float *room = room_for_term(l);
-        if (room) pack_term(l, &p, lanes, r, mix, room, room + (size_t)s * l->in_channels * outs);
-        else {
-#pragma omp atomic write
-            failed = 1;
-        }
-        free(room);
-    }
-    for (int r = 0; r < l->rank; r++)
-        for (int y = 0; y < kk; y++) {
-            float *to = p.spatial + (size_t)(r * kk + y) * row;
-            float *back = p.spatial_back + (size_t)(r * kk + kk - 1 - y) * row;
-            for (int n = 0; n < s; n++)
-                for (int c = 0; c < each; c++)
-                    to[n * each + c] = back[n * each + c] = spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]];
-            for (int c = s * each; c < row; c++) to[c] = back[c] = 0;
-        }
-    for (int n = 0; n < rounded(s * outs, lanes) && p.bias; n++) p.bias[n] = n < s * outs ? bias[n % outs] : 0;
-    return failed;
-}
+const int version_count = sizeof versions / sizeof *versions;
 
 /* The planes that forward or backward of over_pixels.h takes. */
 static int planes_needed(const struct layer *l, int backward)
 {
-    int ci = l->order * l->in_channels, co = l->order * l->out_channels;
-    int made = spatial_channels(l) * l->rank, most = made > ci ? made : ci;
-    return ci + co + made + (backward ? most : 0) + 2 * SPARE;
+    int ci = l->order * l->in_channels, co = l->order * l->out_channels, made = spatial_channels(l) * l->rank;
+    return ci + co + made + (backward ? larger(made, ci) : 0) + 2 * SPARE;
 }
 
-/* How many rows a band of over_pixels.h has, of `height`: few enough for its planes to stay in the second cache, and alike. */
-static int band_of(const struct layer *l, int height, int backward)
+/* How many rows a band of over_pixels.h may have, of `most`: few enough for its planes to stay in the second-level cache. */
+static int band_rows(const struct layer *l, int most, int backward)
 {
-    int row = pitch_of(l), most = BAND / planes_needed(l, backward), bands;
-    most = (most - plane_of(l, 0)) / row - l->k + 1;
-    bands = most < 1 ? height : (height + most - 1) / most;
-    return (height + bands - 1) / bands;
+    enum { CACHE = 1 << 17 }; /* floats */
+    int rows = CACHE / planes_needed(l, backward);
+    rows = (rows - plane_floats(l, 0)) / pitch_of(l) - l->k + 1;
+    if (rows < 1) return most;
+    int bands = (most + rows - 1) / rows;
+    return (most + bands - 1) / bands;
 }
 
-/* More than any function of over_channels.h or over_pixels.h takes from its scratch. */
-static size_t scratch_bytes(const struct layer *l, int rows, int backward)
+/* Memory for one thread. With `rows` for bands of so many rows (over_pixels.h), without for over_channels.h. */
+static struct scratch scratch_for(const struct layer *l, int rows, int backward)
 {
-    if (rows) return sizeof(float) * floats(planes_needed(l, backward), plane_of(l, rows + l->k - 1));
+    if (rows) {
+        size_t all = sizeof(float) * floats(planes_needed(l, backward), plane_floats(l, rows + l->k - 1));
+        return new_scratch(all, all);
+    }
     size_t row = padded(l->order * l->in_channels * l->rank) + padded(l->order * l->out_channels * l->rank);
-    size_t wide = (l->width > l->out_width ? l->width : l->out_width) + 2 * (l->k + l->padding);
-    size_t all = 2 * l->k + 8 + (backward ? l->height + 4 * batch_of(l) : 0);
-    return (all * wide * row * sizeof(float) + 63) / 64 * 64;
-}
-
-/* What of that has to be zeros at first. */
-static size_t borders_bytes(const struct layer *l, int rows, int backward)
-{
-    if (rows) return scratch_bytes(l, rows, backward);
-    int around = l->width + 2 * l->padding, wide = backward ? l->width + l->k - 1 : around;
+    size_t wide = larger(l->width, l->out_width) + 2 * (l->k + l->padding);
+    size_t most = 2 * l->k + 8 + (backward ? l->height + 4 * batch_of(l) : 0);
+    /* What must be zeros at first, because the borders stay so: the ring of rows, and a copy of the map. */
+    int around = l->width + 2 * l->padding, ring = l->k * (backward ? l->width + l->k - 1 : around);
     int channels = spatial_channels(l), kept = l->spatial_first == backward ? channels * l->rank : channels;
-    size_t image = backward && l->spatial_first ? floats(l->height * around, padded(channels)) : 0;
-    return sizeof(float) * (floats(l->k * wide, padded(kept)) + image);
+    size_t copy = backward && l->spatial_first ? floats(l->height * around, padded(channels)) : 0;
+    return new_scratch(sizeof(float) * most * wide * row, sizeof(float) * (floats(ring, padded(kept)) + copy));
 }
 
-/* Room for a thread, or NULL. */
-static float *scratch_for(const struct layer *l, int rows, int backward)
+/* Multiply-accumulates of a forward pass for one image. */
+static double macs_of(const struct layer *l)
 {
-    float *scratch = aligned_alloc(64, scratch_bytes(l, rows, backward));
-    if (scratch) memset(scratch, 0, borders_bytes(l, rows, backward));
-    return scratch;
-}
-
-/* y [n][H'][W'][S O] from x [n][H][W][S I]; `residual`, if given, is added, and then comes a ReLU if asked. Returns 0, or
- * 1 if there is no memory. */
-int gconv_forward(int variant, const struct layer *l, int n, int threads, const float *packed, const float *x,
-                  const float *residual, int relu, float *y)
-{
-    int rows = variants[variant].sums > 1 ? band_of(l, l->out_height, 0) : 0, failed = 0;
-    int bands = n < threads ? (threads + n - 1) / n : 1, needed = rows ? (l->out_height + rows - 1) / rows : 1;
-    bands = bands < needed ? needed : bands;
-    if (bands > l->out_height) bands = l->out_height;
-    size_t in = floats(l->height * l->width, l->order * l->in_channels);
-    size_t out = floats(l->out_height * l->out_width, l->order * l->out_channels);
-    struct parts p = parts_of(l, variants[variant].lanes, packed);
-    p.rows = rows = rows ? (l->out_height + bands - 1) / bands : 0;
-#pragma omp parallel num_threads(threads)
-    {
-        float *scratch = scratch_for(l, rows, 0);
-        if (!scratch) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static) /* the same images each time: they may be in this thread's cache */
-        for (int task = 0; task < n * bands; task++) {
-            int image = task / bands, band = task % bands;
-            if (scratch)
-                variants[variant].forward(l, &p, x + image * in, residual ? residual + image * out : NULL, relu,
-                                          y + image * out, l->out_height * band / bands,
-                                          l->out_height * (band + 1) / bands, scratch);
-        }
-        free(scratch);
+    double inputs = (double)l->height * l->width, outputs = (double)l->out_height * l->out_width, mix = 0;
+    for (int i = 0; i < l->products; i++) {
+        const int *t = l->table + ENTRIES * i;
+        mix += (double)t[DEPTH] * t[COLUMNS];
     }
-    return failed;
+    double filters = (double)l->rank * l->k * l->k * spatial_channels(l);
+    return mix * (l->spatial_first ? outputs : inputs) + filters * outputs;
 }
 
-/* The gradients of the map and of the parameters, as pack gets them; those of spatial and of the bias only if not NULL.
- * Each thread adds up those of its images; which they are is fixed, so that sums are the same each time. Returns 0, or
- * 1 if there is no memory. */
-int gconv_backward(int variant, const struct layer *l, int n, int threads, const float *packed, const float *x,
-                   const float *gy, float *gx, float *mix, float *spatial, float *bias)
+static size_t rows_of(const struct layer *l, int backward) { return backward ? l->height : l->out_height; }
+
+/* How many floats the gradients of the parameters have, as one worker adds them up. */
+static size_t sums_of(int version, const struct layer *l)
 {
-    int failed = 0, lanes = variants[variant].lanes, kk = l->k * l->k, s = l->order, outs = l->out_channels;
-    int channels = spatial_channels(l), row = rounded(channels, lanes);
-    size_t in = floats(l->height * l->width, s * l->in_channels), out = floats(l->out_height * l->out_width, s * outs);
-    int apart = variants[variant].sums, rows = apart > 1 ? band_of(l, l->height, 1) : 0;
-    size_t products = l->weights + spatial_floats(l, lanes), each = padded(products * apart + rounded(s * outs, lanes));
-    struct parts p = parts_of(l, lanes, packed);
-    p.rows = rows;
-    float *sums = aligned_alloc(64, sizeof(float) * each * threads);
+    int lanes = versions[version].lanes;
+    size_t products = l->weights + spatial_floats(l, lanes), biases = rounded(l->order * l->out_channels, lanes);
+    return (products * versions[version].sums + biases + SPARE - 1) / SPARE * SPARE;
+}
+
+/* How many threads a pass over n images uses, of `threads` that there are: no more than have enough to do, and no more
+ * than there are rows. Backward each worker adds up gradients of its own. Together these take no more memory than the
+ * maps do, or 32 MiB, whichever is more. */
+EXPORT int gconv_workers(int version, const struct layer *l, int n, int threads, int backward)
+{
+    double rows = (double)n * rows_of(l, backward);
+    int workers = workers_for(threads, n * macs_of(l) * (backward ? 3 : 1));
+    if (workers > rows) workers = rows;
+    if (backward) {
+        double maps = (double)n * l->order * ((double)l->in_channels * l->height * l->width
+                                              + (double)l->out_channels * l->out_height * l->out_width);
+        double most = (maps > 1 << 23 ? maps : 1 << 23) / sums_of(version, l);
+        if (workers > most) workers = most < 1 ? 1 : most;
+    }
+    return workers;
+}
+
+/* The share of a worker of the rows of n images: the rows of the output, or, backward, of the map. They are numbered
+ * through all images, and each worker gets `begin` to `end` - 1; shares differ by one row at most. */
+EXPORT void gconv_rows(const struct layer *l, int n, int workers, int worker, int backward, size_t *begin, size_t *end)
+{
+    size_t rows = n * rows_of(l, backward);
+    *begin = share(rows, worker, workers);
+    *end = share(rows, worker + 1, workers);
+}
+
+struct pass {
+    const struct layer *l;
+    const struct version *version;
+    struct parts parts;
+    int n, workers, backward, failed;
+    const float *x, *residual, *gy;
+    int relu, biased, filters;
+    float *y, *gx, *sums;
+    size_t each;
+};
+
+/* Rows `first` to `last` - 1 of one image. */
+static void work_on_image(const struct pass *p, int number, size_t image, int first, int last, struct scratch scratch)
+{
+    const struct layer *l = p->l;
+    size_t in = floats(l->height * l->width, l->order * l->in_channels) * image;
+    size_t out = floats(l->out_height * l->out_width, l->order * l->out_channels) * image;
+    if (!p->backward) {
+        p->version->forward(l, &p->parts, p->x + in, p->residual ? p->residual + out : NULL, p->relu, p->y + out, first,
+                            last, scratch);
+        return;
+    }
+    float *sums = p->sums + number * p->each;
+    size_t weights = l->weights, products = weights + spatial_floats(l, p->version->lanes), apart = p->version->sums;
+    p->version->backward(l, &p->parts, p->x + in, p->gy + out, p->gx + in, sums, p->filters ? sums + weights * apart : NULL,
+                         p->biased ? sums + products * apart : NULL, first, last, scratch);
+}
+
+static void work_on_share(void *context, int number)
+{
+    struct pass *p = context;
+    size_t height = rows_of(p->l, p->backward), at, end, next;
+    if (p->backward) memset(p->sums + number * p->each, 0, sizeof(float) * p->each);
+    struct scratch scratch = scratch_for(p->l, p->parts.rows, p->backward);
+    if (is_missing(scratch)) {
+        __atomic_store_n(&p->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    gconv_rows(p->l, p->n, p->workers, number, p->backward, &at, &end);
+    for (; at < end; at = next) {
+        size_t image = at / height;
+        next = (image + 1) * height;
+        next = next < end ? next : end;
+        work_on_image(p, number, image, at - image * height, next - image * height, scratch);
+    }
+    free_scratch(scratch);
+}
+
+/* Fills in how a pass is run, and runs it. */
+static void run_pass(struct pass *p, int version, const float *packed)
+{
+    p->version = versions + version;
+    p->parts = parts_of(p->l, p->version->lanes, packed);
+    if (p->version->sums > 1) {
+        size_t height = rows_of(p->l, p->backward), most = (p->n * height + p->workers - 1) / p->workers;
+        p->parts.rows = band_rows(p->l, most < height ? most : height, p->backward);
+    }
+    run_workers(p->workers, work_on_share, p);
+}
+
+/* y [n][H'][W'][S O] from x [n][H][W][S I]. `residual`, if given, is added; then comes ReLU, if asked. Returns 0, or 1
+ * if there is no memory. */
+EXPORT int gconv_forward(int version, const struct layer *l, int n, int threads, const float *packed, const float *x,
+                         const float *residual, int relu, float *y)
+{
+    struct pass p = {.l = l, .n = n, .x = x, .residual = residual, .relu = relu, .y = y};
+    p.workers = gconv_workers(version, l, n, threads, 0);
+    run_pass(&p, version, packed);
+    return p.failed;
+}
+
+/* Adds up what the workers of a backward pass found, pair by pair, pairs of pairs and so on. Each worker does so for its
+ * share of the values. */
+static void add_pairs(void *context, int number)
+{
+    struct pass *p = context;
+    enum { BLOCK = 4096 }; /* floats that stay in the first-level cache */
+    size_t first = share(p->each, number, p->workers), end = share(p->each, number + 1, p->workers);
+    for (size_t begin = first; begin < end; begin += BLOCK) {
+        size_t last = begin + BLOCK < end ? begin + BLOCK : end;
+        for (int step = 1; step < p->workers; step *= 2)
+            for (int w = 0; w + step < p->workers; w += 2 * step) {
+                float *to = p->sums + w * p->each;
+                const float *from = p->sums + (w + step) * p->each;
+                for (size_t i = begin; i < last; i++) to[i] += from[i];
+            }
+    }
+}
+
+/* The gradient of the spatial kernels, [C][R][k k], from that of the packed kernels; in `gc` that is found flipped. */
+static void unpack_spatial(const struct layer *l, int lanes, const float *sums, float *spatial)
+{
+    int kk = l->k * l->k, s = l->order, channels = spatial_channels(l), each = channels / s;
+    memset(spatial, 0, sizeof(float) * l->rank * kk * each);
+    for (int r = 0; r < l->rank; r++)
+        for (int n = 0; n < s; n++)
+            for (int y = 0; y < kk; y++) {
+                int at = l->spatial_first ? y : kk - 1 - y;
+                const float *from = sums + (size_t)(r * kk + at) * rounded(channels, lanes) + n * each;
+                for (int c = 0; c < each; c++) spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]] += from[c];
+            }
+}
+
+/* The gradients of the map and of the parameters, in the layout that gconv_pack takes; those of spatial and of the bias
+ * only where these are not NULL. For a number of threads the sums are the same each time. Returns 0, or 1 if there is no
+ * memory. */
+EXPORT int gconv_backward(int version, const struct layer *l, int n, int threads, const float *packed, const float *x,
+                          const float *gy, float *gx, float *mix, float *spatial, float *bias)
+{
+    int lanes = versions[version].lanes, apart = versions[version].sums, outs = l->out_channels;
+    size_t products = l->weights + spatial_floats(l, lanes);
+    struct pass p = {.l = l, .n = n, .x = x, .gy = gy, .gx = gx, .backward = 1};
+    p.biased = !!bias, p.filters = !!spatial;
+    p.workers = gconv_workers(version, l, n, threads, 1);
+    p.each = sums_of(version, l);
+    float *sums = p.sums = aligned_alloc(64, sizeof(float) * p.each * p.workers);
     if (!sums) return 1;
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int t = 0; t < threads; t++) {
-        float *scratch = scratch_for(l, rows, 1), *own = sums + t * each;
-        memset(own, 0, sizeof(float) * each);
-        if (!scratch) {
-#pragma omp atomic write
-            failed = 1;
-        }
-        for (int image = n * t / threads; scratch && image < n * (t + 1) / threads; image++)
-            variants[variant].backward(l, &p, x + image * in, gy + image * out, gx + image * in, own,
-                                       spatial ? own + (size_t)l->weights * apart : NULL,
-                                       bias ? own + products * apart : NULL,
-                                       scratch);
-        free(scratch);
-    }
-    for (int t = 1; t < threads; t++)
-        for (size_t i = 0; i < each; i++) sums[i] += sums[t * each + i];
+    run_pass(&p, version, packed);
+    if (p.workers > 1) run_workers(p.workers, add_pairs, &p);
     for (size_t i = 0; i < products && apart > 1; i++) {
         float sum = 0;
         for (int j = 0; j < apart; j++) sum += sums[i * apart + j];
         sums[i] = sum;
     }
-#pragma omp parallel for num_threads(threads) if (l->weights > 1 << 16)
-    for (int r = 0; r < l->rank; r++) {
-        float *room = room_for_term(l);
-        if (room) unpack_term(l, lanes, r, sums, room, mix);
-        else {
-#pragma omp atomic write
-            failed = 1;
-        }
-        free(room);
-    }
-    if (spatial) {
-        memset(spatial, 0, sizeof(float) * l->rank * kk * (channels / s));
-        for (int r = 0; r < l->rank; r++)
-            for (int n = 0; n < s; n++)
-                for (int y = 0; y < kk; y++) {
-                    int at = l->spatial_first ? y : kk - 1 - y; /* the gradients that gc finds are flipped */
-                    const float *from = sums + l->weights + (size_t)(r * kk + at) * row + n * (channels / s);
-                    for (int c = 0; c < channels / s; c++)
-                        spatial[(c * l->rank + r) * kk + l->pixels[n * kk + y]] += from[c];
-                }
-    }
+    if (unpack_mix(l, lanes, threads, sums, mix)) p.failed = 1;
+    if (spatial) unpack_spatial(l, lanes, sums + l->weights, spatial);
     for (int o = 0; o < outs && bias; o++) {
         bias[o] = 0;
-        for (int n = 0; n < s; n++) bias[o] += sums[products * apart + n * outs + o];
+        for (int i = 0; i < l->order; i++) bias[o] += sums[products * apart + i * outs + o];
     }
     free(sums);
-    return failed;
+    return p.failed;
 }

@@ -1,4 +1,4 @@
-/* At the end of what is included once for each instruction set. */
+/* Ends a file that is included once for each instruction set. */
 
 #undef vec
 #undef ROUNDED

@@ -1,6 +1,7 @@
-/* What over_channels.h and over_pixels.h have in common, for one instruction set: NAME(x) is the name of x there, TARGET the
- * attribute of its functions, V the floats a vector, REGISTERS how many vectors it holds, WIDE the most vectors in a row
- * of a tile of a matrix product, LOAD_MASKED and STORE_MASKED how parts of vectors are loaded and stored, where it can. */
+/* What over_channels.h and over_pixels.h have in common, for one instruction set. Before it is included, these are defined:
+ * NAME(x), the name of x for this instruction set; TARGET, the attribute of its functions; V, the number of floats of a
+ * vector; REGISTERS, the number of vectors that fit its registers; WIDE, the most vectors in a row of a tile of a matrix
+ * product; and, where it has them, LOAD_MASKED and STORE_MASKED, which load and store part of a vector. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * V), aligned(4)));
 typedef int NAME(ints) __attribute__((vector_size(4 * V)));
@@ -37,12 +38,12 @@ INLINE TARGET void NAME(store_part)(float *to, vec value, int n)
 #endif
 }
 
-/* A value of the output, which begins at end->y: with the bias of its column, another map and ReLU, as asked. */
+/* Stores values of the output, which begins at end->y, from column `column` on: with bias, residual map and ReLU, as asked. */
 INLINE TARGET void NAME(finished)(float *to, vec value, int column, int n, const struct ending *end)
 {
     if (end->bias) value += NAME(load_part)(end->bias + column, n);
     if (end->residual) value += NAME(load_part)(end->residual + (to - end->y), n);
-    if (end->relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* what is not a number stays so */
+    if (end->relu) value = (vec)(~(value < 0) & (NAME(ints))value); /* NaN stays NaN */
     NAME(store_part)(to, value, n);
 }
 
@@ -69,7 +70,7 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
             UNROLLED for (int j = 0; j < cols; j++) NAME(store)(c + (size_t)i * ldc + j * V, sums[i][j]);
         return;
     }
-    vec kept[8][WIDE]; /* in memory, which sums then need not be */
+    vec kept[8][WIDE]; /* a copy in memory, so that the sums themselves can stay in registers */
     UNROLLED for (int i = 0; i < rows; i++)
         UNROLLED for (int j = 0; j < cols; j++) kept[i][j] = sums[i][j];
     for (int i = 0; i < rows; i++)
@@ -81,7 +82,7 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
         }
 }
 
-/* The same for any number of rows: tiles as tall as the registers allow, and one of what is left. */
+/* The same for any number of rows: tiles as tall as the registers allow, and one for the rows that are left. */
 INLINE TARGET void NAME(strip)(const float *a, int across, int along, const float *b, size_t below, size_t next,
                                int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
                                int rows, const int cols)
@@ -108,7 +109,7 @@ INLINE TARGET void NAME(strip)(const float *a, int across, int along, const floa
     }
 }
 
-/* And for any n. */
+/* The same for any number of rows and any n. */
 TARGET static void NAME(product)(const float *a, int across, int along, const float *b, size_t below, size_t next,
                                  int depth, float *c, int ldc, int n, int add, const struct ending *end, int rows)
 {
@@ -135,18 +136,11 @@ TARGET static void NAME(product)(const float *a, int across, int along, const fl
 INLINE TARGET void NAME(add_up)(const float *x, int c, int positions, float *gb)
 {
     for (int j = 0; j < c; j += V) {
-        vec sums[4] = {NAME(load)(gb + j)}; /* which do not wait for each other */
+        vec sums[4] = {NAME(load)(gb + j)}; /* four, so that they do not wait for each other */
         int p = 0;
         for (; p + 4 <= positions; p += 4)
             UNROLLED for (int n = 0; n < 4; n++) sums[n] += NAME(load_part)(x + floats(p + n, c) + j, c - j);
         for (; p < positions; p++) sums[0] += NAME(load_part)(x + floats(p, c) + j, c - j);
         NAME(store)(gb + j, sums[0] + sums[1] + (sums[2] + sums[3]));
     }
-}
-
-INLINE float *NAME(take)(float **scratch, size_t size)
-{
-    float *taken = *scratch;
-    *scratch += (size + SPARE - 1) / SPARE * SPARE;
-    return taken;
 }
