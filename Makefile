@@ -49,7 +49,7 @@ constraints: ## replace the pins in constraints.txt by the newest versions that 
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
 	build/pins/bin/python -m pip install --disable-pip-version-check -e '.[dev,export,notebooks]'
-	build/pins/bin/python -m pip freeze --exclude-editable > build/pins/freeze.txt
+	build/pins/bin/python -m pip freeze --all --exclude pip --exclude wheel --exclude-editable > build/pins/freeze.txt
 	sed -n '/^#/p' constraints.txt > build/pins/constraints.txt
 	sed 's/+[a-z0-9.]*$$//' build/pins/freeze.txt >> build/pins/constraints.txt
 	mv build/pins/constraints.txt constraints.txt

@@ -8,6 +8,7 @@ from .functional.forms import FORMS as FORMS
 from .groups.point_groups import GROUPS as GROUPS
 from .groups.point_groups import Group as Group
 from .groups.point_groups import group as group
+from .kernels.config import show_config as show_config
 from .models.checkpoint import Checkpoint as Checkpoint
 from .models.checkpoint import load as load
 from .models.checkpoint import read as read

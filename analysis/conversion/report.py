@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from analysis.latency.isolated import fresh_latency
 from analysis.latency.timing import BATCH, latency
+from gconv.kernels.config import kernel_config
 from gconv.models.cost import cost
 from gconv.models.equivariance import equivariance_error
 from gconv.models.memory import forward_memory
@@ -86,6 +87,8 @@ class ConversionReport:
         refinement_steps: how many each fitted layer was refined for; 0 where it was not.
         finetuning: recipe and history, None without.
         notes: what was not measured, and why.
+        kernel: whether the compiled kernels ran, and which (:func:`gconv.kernels.config.kernel_config`); the MACs as
+            executed and the times hold for such a machine.
     """
 
     request: dict[str, Any]
@@ -102,6 +105,7 @@ class ConversionReport:
     refinement_steps: int = 0
     finetuning: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    kernel: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in ``report.json``."""
@@ -117,6 +121,7 @@ class ConversionReport:
 
         Everything is read off the networks, so that the report of a network loaded from a file is true of the file.
         """
+        self.kernel = kernel_config()
         costs = [cost(network, input_shape) for network in (before, after)]
         rows = [{row.name: row for row in total.layers} for total in costs]
         for key in ("parameters", "macs_published", "macs_executed"):

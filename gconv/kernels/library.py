@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gconv.system.errors import InputError, one_of
+from gconv.system.errors import InputError
 
 from .sources import digest, sources
 
@@ -124,7 +124,7 @@ def find_library() -> Found:
     """
     chosen = os.environ.get("GCONV_KERNEL", "")
     if chosen not in ("", "none", *INSTRUCTIONS):
-        raise one_of("kernel in GCONV_KERNEL:", chosen, (*INSTRUCTIONS, "none"))
+        raise InputError(f"GCONV_KERNEL is {chosen!r}; accepted: {', '.join(INSTRUCTIONS)}, none")
     if chosen == "none":
         return Found(None, "GCONV_KERNEL is none")
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from gconv.kernels.config import kernel_config
 from gconv.system.distributed import processes, rank, sum_over_processes
 from gconv.system.errors import InputError, one_of
 from gconv.system.signals import StopRequest
@@ -331,5 +332,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
+        "kernel": kernel_config(),
         **({"tf32": torch.backends.cudnn.allow_tf32} if on_gpu else {}),
     }

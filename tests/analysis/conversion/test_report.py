@@ -211,7 +211,7 @@ def test_to_dict_is_plain_data(train, test):
     assert json.dumps(back) == text
     assert set(back) == {
         "request", "layers", "parameters", "macs_published", "macs_executed", "output_error", "equivariance_error",
-        "latency", "memory", "accuracy", "sensitivity", "refinement_steps", "finetuning", "notes",
+        "latency", "memory", "accuracy", "sensitivity", "refinement_steps", "finetuning", "notes", "kernel",
     }  # fmt: skip
     assert back["request"] == {
         "form": "auto", "budget": "rank", "value": 2, "fraction": False,
