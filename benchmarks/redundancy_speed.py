@@ -25,7 +25,6 @@ from analysis.measures.null_models import NULLS, null_filters
 from gconv.groups.irreps import irreps
 from gconv.system.cli import Parser, number
 from gconv.system.files import atomic_path, check_output
-from gconv.training.loop import environment
 
 PROG = "python -m benchmarks.redundancy_speed"
 BUDGET_SECONDS = 15
@@ -72,7 +71,6 @@ def measure(rounds: int, draws: int) -> dict[str, Any]:
         "network": "p4m-resnet44",
         "layers": len(banks),
         "entries": sum(bank.weight.numel() for bank in banks),
-        "environment": environment(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "draws_whole_table": results["whole table"].draws,
         "draws_compared": draws,

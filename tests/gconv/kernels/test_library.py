@@ -224,7 +224,7 @@ def test_function_transforms_and_derivatives_along_work():
 PRIVATE = {  # all that gconv/kernels uses; and whether the kernel can run without
     "torch.autograd._profiler_enabled": (torch.autograd, "_profiler_enabled", True),
     "forward_ad._current_level": (forward_ad, "_current_level", False),
-    "torch._C._functorch.is_functorch_wrapped_tensor": (torch._C._functorch, "is_functorch_wrapped_tensor", False),
+    "torch._C._functorch.peek_interpreter_stack": (torch._C._functorch, "peek_interpreter_stack", False),
     "torch._C._len_torch_dispatch_stack": (torch._C, "_len_torch_dispatch_stack", False),
     "torch.utils._python_dispatch._get_current_dispatch_mode": (_python_dispatch, "_get_current_dispatch_mode", True),
     "torch.utils._python_dispatch.TorchDispatchMode": (_python_dispatch, "TorchDispatchMode", True),
