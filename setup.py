@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: how the compiled kernels are built.
 
-Where they cannot be built, they are left out, and PyTorch's operations do their work. With GCONV_REQUIRE_KERNEL=1 in the
-environment, and where building them is what was asked for (``python setup.py build_ext --inplace``), a failure is an error.
-In both cases no older library is left behind.
+Where they cannot be built, they are left out, and PyTorch's operations do their work. Two things make a failure an
+error: GCONV_REQUIRE_KERNEL=1 in the environment, and the command ``python setup.py build_ext --inplace`` itself. A failed
+build never leaves an older library behind.
 """
 
 import os
