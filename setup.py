@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: how the compiled kernels are built.
 
 Where they cannot be built, they are left out, and PyTorch's operations do their work. Two things make a failure an
-error: GCONV_REQUIRE_KERNEL=1 in the environment, and the command ``python setup.py build_ext --inplace`` itself. A failed
+error: GCONV_REQUIRE_KERNEL=1 in the environment, and the command ``python setup.py build_ext --inplace``. A failed
 build never leaves an older library behind.
 """
 
