@@ -104,8 +104,8 @@ def member(thing: Any, name: str) -> Any:
 def resolves(name: str, module: str = "", owner: str = "") -> bool:
     """Whether a dotted name leads somewhere, from the top or from the module and the class in which it is mentioned."""
     starts: list[Any] = []
-    if name.split(".")[0] in PACKAGES:
-        starts.append(None)
+    if "." in name and importlib.util.find_spec(name.split(".")[0]):
+        starts.append(None)  # of ours, or of a library such as torch
     if module:
         home = importlib.import_module(module)
         starts += [home, importlib.import_module(module.rpartition(".")[0] or module)]
