@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import gconv
 from benchmarks.speed_networks import twin
 from benchmarks.twins import Escnn, Kit, ListConv, Lists, Plain, TwinCNN, escnn_exported, has_escnn
 from gconv.functional.expansion import expand
 
+NORMS = (gconv.GroupBatchNorm2d, nn.BatchNorm2d, nn.BatchNorm3d)
 NAMES = {"p4cnn": 4, "p4m-resnet44": 8}
 
 
@@ -39,7 +39,7 @@ def given_the_weights(twin: nn.Module, net: gconv.Model, order: int) -> nn.Modul
         theirs.weight.data = expand(mine.weight.data, mine.tables.expansion) if ordinary else mine.weight.data
         if mine.bias is not None:
             theirs.bias.data = mine.bias.data.repeat_interleave(order if ordinary else 1)
-    for mine, theirs in zip(parts(net, (_BatchNorm,)), parts(twin, (_BatchNorm,)), strict=True):
+    for mine, theirs in zip(parts(net, NORMS), parts(twin, NORMS), strict=True):
         for name, value in mine.state_dict().items():
             times = theirs.num_features // mine.num_features if value.dim() else 1
             getattr(theirs, name).data = value.repeat_interleave(times) if times > 1 else value.clone()
@@ -50,7 +50,7 @@ def given_the_weights(twin: nn.Module, net: gconv.Model, order: int) -> nn.Modul
 def trained(name: str) -> tuple[gconv.Model, Tensor]:
     net = gconv.create_model(name, width=2).double()
     images = torch.rand(3, *net.input_shape, dtype=torch.float64)
-    for norm in parts(net, (_BatchNorm,)):
+    for norm in parts(net, NORMS):
         norm.momentum = 1.0
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.5, 0.5)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import analysis
 from gconv.deploy.export_formats import FORMATS
@@ -19,6 +18,7 @@ from gconv.deploy.exporting import export
 from gconv.deploy.fuse import to_plain
 from gconv.models.networks import Model
 from gconv.models.zoo import create_model
+from gconv.nn.batchnorm import GroupBatchNorm2d
 from gconv.system.errors import InputError
 
 BATCHES = (1, 2, 7)
@@ -27,7 +27,7 @@ BATCHES = (1, 2, 7)
 def trained(net: Model) -> Model:
     """In eval mode, with batch norms that know the maps, so that no unit is dead."""
     for norm in net.modules():
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, GroupBatchNorm2d):
             norm.momentum = 1.0
             norm.weight.data.uniform_(0.5, 1.5)
             norm.bias.data.uniform_(-0.5, 0.5)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
 
 from gconv.deploy.fuse import fold, fuse
@@ -27,10 +26,10 @@ KINDS = ("planar", "depthwise", "lifting", "full", *FORMS)
 
 
 def norms(net: nn.Module) -> list[str]:
-    return [name for name, module in net.named_modules() if isinstance(module, _BatchNorm)]
+    return [name for name, module in net.named_modules() if isinstance(module, GroupBatchNorm2d)]
 
 
-def learned(norm: _BatchNorm) -> _BatchNorm:
+def learned(norm: GroupBatchNorm2d) -> GroupBatchNorm2d:
     """With statistics and, if there are some, parameters that are nobody's defaults; some variances are zero."""
     norm.running_mean.normal_()
     norm.running_var.uniform_(0, 3).mul_(torch.rand_like(norm.running_var) > 0.2)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.deploy.fuse import to_plain
 from gconv.functional.forms import FORMS
@@ -17,6 +16,7 @@ from gconv.groups.point_groups import GROUPS
 from gconv.models.cost import cost
 from gconv.models.networks import Model
 from gconv.models.zoo import MODELS, create_model
+from gconv.nn.batchnorm import GroupBatchNorm2d
 from gconv.nn.pooling import GroupMeanPool
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
@@ -25,7 +25,7 @@ from gconv.system.errors import InputError
 def trained(net: Model) -> Model:
     """In eval mode, with batch norms that know the maps, so that no unit is dead."""
     for norm in net.modules():
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, GroupBatchNorm2d):
             norm.momentum = 1.0
             norm.weight.data.uniform_(0.5, 1.5)
             norm.bias.data.uniform_(-0.5, 0.5)
