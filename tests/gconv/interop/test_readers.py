@@ -15,8 +15,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from analysis import filter_banks, load_source
-from gconv import GConv2d, InputError, LiftingConv2d, act, create_model, gconv2d, group, save
+from gconv import (
+    FORMS,
+    GConv2d,
+    InputError,
+    LiftingConv2d,
+    SeparableGConv2d,
+    act,
+    create_model,
+    gconv2d,
+    group,
+    save,
+)
 from gconv.functional.expansion import Tables, expand
+from gconv.interop.readers import LayerKind, plain_state
 from gconv.models.zoo import Model
 
 ESCNN_GROUPS = {"C1": "z2", "C2": "p2", "C4": "p4", "D1": "pm", "D2": "pmm", "D4": "p4m"}
@@ -369,7 +381,7 @@ def test_live_escnn_layers_compute_what_their_bank_says(escnn, name, planar, mod
     x = x.rot90(quarters, (-2, -1)).double()
     if not planar:
         x = x.unflatten(1, (2, on.order))[:, :, order.argsort()]
-    ours = gconv2d(x, bank.weight, on=on)[:, :, order].rot90(-quarters, (-2, -1))
+    ours = gconv2d(x, bank.weight, group=on)[:, :, order].rot90(-quarters, (-2, -1))
     torch.testing.assert_close(ours, theirs.double(), rtol=1e-4, atol=1e-5)
 
 
@@ -398,3 +410,27 @@ def test_live_escnn_layers_off_the_grid_are_left_out(escnn):
         kind = escnn.nn.FieldType(space, [space.regular_repr])
         (skipped,) = filter_banks(escnn.nn.R2Conv(kind, kind, 3)).skipped
         assert "does not act exactly on the pixel grid" in skipped.reason
+
+
+# ------------------------------------------------------------------------------------- what a state dict says of layers
+
+
+def test_state_dicts_say_what_our_layers_are(tmp_path):
+    network = nn.Sequential(LiftingConv2d(1, 2, 3, group="pm"), SeparableGConv2d(2, 2, 3, group="pm", form="gc_in"))
+    kinds = {"0": LayerKind(group("pm")), "1": LayerKind(group("pm"), FORMS["gc_in"])}
+    torch.save({"model": nn.DataParallel(network).state_dict()}, tmp_path / "net.pt")
+    for state in (network.state_dict(), load_source(tmp_path / "net.pt")):
+        assert plain_state(state, "it").layers == kinds
+    assert plain_state(dict(network.state_dict()), "it").layers == {}
+    assert plain_state(nn.Linear(2, 2).state_dict(), "it").layers == {}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, 3, "group", [1], {"0": None}, {"0": {"group": ["p4"], "form": 3}}, {0: {"group": "p5", "form": "rank"}}],
+)
+def test_metadata_that_makes_no_sense_is_ignored(metadata):
+    state = OrderedDict(small_state())
+    vars(state)["_metadata"] = metadata
+    assert plain_state(state, "it").layers == {}
+    assert plain_state({"format": "gconv-checkpoint", "layers": metadata, "state_dict": state}, "it").layers == {}
