@@ -1,4 +1,4 @@
-"""Weights that others wrote: files of tensors in the usual formats, and live layers of escnn."""
+"""Weights of other libraries: files of tensors in the usual formats, and live layers of escnn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from gconv.system.tensor_files import check_finite, read_plain
 
 from .recognition import Fit, layout_of, read
 
-# Where training scripts keep the state dict in a larger dictionary, and what wrappers put before every name in it.
+# The keys under which training scripts keep the state dict in a larger dictionary, and the prefixes that wrappers give
+# to every name in it.
 _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -56,16 +57,20 @@ class StateDict(dict[str, Tensor]):
 
 
 def load_source(path: str | Path) -> Model | StateDict:
-    """What a file of weights holds: the network of a gconv checkpoint, or the tensors of a bare state dict by name.
+    """The network in a gconv checkpoint, or the tensors of a bare state dict by name.
 
-    Files of ``torch.save`` in either of its formats, read with ``weights_only=True``, and ``.safetensors``. The state
-    dict may be nested under ``state_dict``, ``model_state_dict`` or ``model``, and its names may begin with the
-    ``module.`` of a wrapper, which is taken off. A flipped bit is noticed in the zip format alone, as only that has
-    checksums; elsewhere it is when it damages the structure, or makes an entry infinite or NaN.
+    The file is one of ``torch.save``, in either of its formats, or a ``.safetensors`` file. Nothing in it is executed.
+    The state dict may be nested under ``state_dict``, ``model_state_dict`` or ``model``. The prefix ``module.`` or
+    ``_orig_mod.`` of a wrapper is removed from the names. The zip format of ``torch.save`` has checksums, so every
+    flipped bit is noticed. In the other formats it is noticed only if it damages the structure or makes an entry
+    infinite or NaN.
+
+    Args:
+        path: the file.
 
     Raises:
-        InputError: there is no such file, it is a directory or damaged, it holds no tensors, or anything that would
-            have to be executed, or entries that are not finite. One line that names the file.
+        InputError: the file does not exist, is a directory, is damaged, holds no tensors or objects that are not plain
+            data, or has entries that are not finite. The message is one line that names the file.
     """
     path = Path(path)
     content = read_plain(path)
@@ -75,26 +80,26 @@ def load_source(path: str | Path) -> Model | StateDict:
 
 
 def plain_state(content: Any, source: str | Path) -> StateDict:
-    """The dense tensors in a state dict by name, unnested and without the prefixes of wrappers.
+    """The dense tensors of a state dict by name, without nesting and without the prefixes of wrappers.
 
     Args:
         content: a mapping of names to tensors, or one that holds it under one of the usual keys.
-        source: what error messages call it.
+        source: the name of the source in error messages.
 
     Raises:
         InputError: there are no tensors, or some have NaN or infinite entries.
     """
     layers = _layer_kinds(content)
-    for _ in _NESTS:  # at most so deep: a dictionary may contain itself
+    for _ in _NESTS:  # not deeper: a dictionary may contain itself
         if isinstance(content, Mapping):
             content = next((inner for key in _NESTS if isinstance(inner := content.get(key), Mapping)), content)
     layers = {**layers, **_layer_kinds(content)}
     if not isinstance(content, Mapping):
-        raise InputError(f"{source} holds a {type(content).__name__}; accepted: a state dict, tensors by name")
+        raise InputError(f"{source} holds a {type(content).__name__}; give a state dict, that is, tensors by name")
     state = {str(name): tensor.detach() for name, tensor in content.items() if _is_dense(tensor)}
     if not state:
         keys = ", ".join(_NESTS)
-        raise InputError(f"{source} holds no tensors; accepted: a state dict, tensors by name, itself or under {keys}")
+        raise InputError(f"{source} holds no tensors; give a state dict, by itself or under one of the keys {keys}")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -123,20 +128,20 @@ def _layer_kinds(content: Any) -> dict[str, LayerKind]:
 
 
 def is_steerable(module: nn.Module) -> bool:
-    """Whether a module is escnn's and has a filter that it expands; the package need not be installed to ask."""
+    """Whether a module is a layer of escnn with an expanded filter. It works without that package installed."""
     theirs = any(base.__module__.partition(".")[0] == "escnn" for base in type(module).__mro__)
     return theirs and hasattr(module, "expand_parameters")
 
 
 def read_steerable(module: Any) -> tuple[Group, Fit] | str:
-    """The group and generator of a live escnn ``R2Conv``; or, in words, why it has none.
+    """The group and the generator of a live escnn ``R2Conv``, or the reason why it cannot be read.
 
-    Handled are regular or trivial to regular fields of the groups that act exactly on the pixel grid: C1, C2, C4, D1,
-    D2, D4. The order of the elements is taken from the matrices by which they act. Where D1 reverses columns, as it
-    does by default, the kernels are given turned by 90 degrees, for our pm reverses rows.
+    Layers from regular to regular fields and from trivial to regular fields are read, for the groups that act exactly
+    on the pixel grid: C1, C2, C4, D1, D2 and D4. The order of the elements is found from their matrices. The flip of D1
+    reverses columns by default, and that of our pm reverses rows; then the generator is rotated by 90 degrees.
     """
     if not any(base.__name__ == "R2Conv" for base in type(module).__mro__):
-        return f"an escnn {type(module).__name__}; accepted: R2Conv"
+        return f"it is an escnn {type(module).__name__}; of escnn's layers only R2Conv is read"
     source, target = module.in_type, module.out_type
     elements = target.fibergroup.elements  # None for a continuous group
     layout = layout_of([_on_pixels(target.gspace.basespace_action(g)) for g in elements]) if elements else None
@@ -146,16 +151,16 @@ def read_steerable(module: Any) -> tuple[Group, Fit] | str:
     fields = target.representations if planar else [*source.representations, *target.representations]
     if layout.group.order > 1 and any(field.name != "regular" for field in fields):
         kinds = sorted({field.name for field in (*source.representations, *target.representations)})
-        return f"its fields are {', '.join(kinds)}; accepted: regular or trivial to regular fields"
+        return f"its fields are {', '.join(kinds)}; only regular to regular and trivial to regular fields are read"
     if module.groups != 1:
-        return f"an escnn layer in {module.groups} groups of channels; accepted: 1"
+        return f"its channels are in {module.groups} groups; an escnn layer is read only without channel groups"
     with torch.no_grad():
         expanded, _ = module.expand_parameters()
     return layout.group, read(expanded.double().cpu(), layout, lifting=planar)
 
 
 def _on_pixels(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A matrix on (x, y), y going up, as one on (row, column)."""
+    """The matrix on (row, column) for a matrix on (x, y), where y points up."""
     frame = np.array([[0, -1], [1, 0]])
     return frame @ matrix @ frame.T
 

@@ -34,8 +34,8 @@ def measure(weight, under, **kwargs):
     return {key: value[0].tolist() for key, value in values(measured(weight.unsqueeze(0), under, **kwargs)).items()}
 
 
-def own_frame(weight, under):
-    """K[o, i, s, s y]: every kernel turned back by its element, as the action on planar maps turns it."""
+def input_frame(weight, under):
+    """K[o, i, s, s y]: every kernel transformed back by its element, with the action on planar maps."""
     return torch.stack([act(under, int(under.inverse[s]), weight[:, :, s]) for s in range(under.order)], dim=2)
 
 
@@ -46,7 +46,7 @@ def blocks(weight, under, form):
         return [weight[a, b].reshape(s, k * k).numpy() for a in range(o) for b in range(i)]
     if form == "gc":
         return [weight[a].reshape(i * s, k * k).numpy() for a in range(o)]
-    turned = own_frame(weight, under)
+    turned = input_frame(weight, under)
     return [turned[:, b].reshape(o * s, k * k).numpy() for b in range(i)]
 
 
@@ -163,7 +163,7 @@ def test_the_trivial_share_is_that_of_the_group_average(under):
 def test_cosine_is_the_mean_over_pairs_without_kernels_of_zeros(under, turned):
     weight = random_filter(2, 2, under, 3)
     weight[0, 0, 1] = 0
-    kernels = (own_frame(weight, under) if turned else weight).flatten(3).numpy()
+    kernels = (input_frame(weight, under) if turned else weight).flatten(3).numpy()
     found = kernel_cosine(group_gram(weight, under, turned=turned))
     for a in range(2):
         for b in range(2):

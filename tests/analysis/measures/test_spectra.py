@@ -14,7 +14,7 @@ every_filter = pytest.mark.parametrize(
 
 
 def blocks_by_hand(weight, form, under):
-    """The matrices of a form, from its definition; a kernel in its own frame is the kernel turned back."""
+    """The matrices of a form, from its definition; in the frame of its input element a kernel is transformed back."""
     weight = weight.double()
     o, i, s, k, _ = weight.shape
     if form not in ("g", "gc"):
