@@ -1,8 +1,8 @@
-"""The 1x1 group mix of the forms ``gc`` and ``gc_in``, run directly or in the irreducible representations of the group.
+"""The group 1x1 (pointwise) mixing of the forms ``gc`` and ``gc_in``, direct or in irreducible representations.
 
-Maps are planar and group-major, ``[N, S C, H, W]`` with channel ``s C + c``: then everything that belongs to one group
-element, or after the change of basis to one basis function, is a block of neighbouring channels, which a matrix product
-takes as it lies in memory.
+Maps are planar and group-major, ``[N, S C, H, W]`` with channel ``s C + c``. So the channels of one group element are
+neighbours in memory. After the change of basis, so are the channels of one basis function. A matrix product reads such
+a block without a copy.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gconv.groups.irreps import regular_blocks
 from gconv.groups.point_groups import Group
 
 _OVERHEAD = 94
-"""What a change of basis by PyTorch costs for each value of the maps that it reads and writes, in multiply-accumulates.
+"""Cost of a change of basis by PyTorch, in multiply-accumulates per value of the maps that it reads and writes.
 
-It moves memory, mostly. Fitted to times of p4 and p4m layers of 28 to 128 channels on two cores, when direct mixes were
-matrix products at every size; ``benchmarks/speed_layers.py`` measures what the rule gives.
+Most of its time goes into moving memory. The number was fitted to times of p4 and p4m layers of 28 to 128 channels on
+two cores, when direct mixing was a matrix product at every size. ``benchmarks/speed_layers.py`` measures the rule.
 """
 
 
 class Basis(NamedTuple):
-    """The regular representation of a group in blocks (:mod:`gconv.groups.irreps`), as float64 tensors on the CPU.
+    """The regular representation of a group in blocks (:mod:`gconv.groups.irreps`), as tensors.
 
     Attributes:
-        basis: ``[S, S]``.
-        copies: of each representation.
-        matrices: of each representation, ``[S, d, d]``.
+        basis: ``[S, S]``, orthogonal.
+        copies: for each irreducible representation, how often it occurs.
+        matrices: for each irreducible representation ``[S, d, d]``, how the group elements act on it.
     """
 
     basis: Tensor
@@ -43,18 +43,18 @@ class Basis(NamedTuple):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of a mix for each pair of channels, without the changes of basis."""
+        """Multiply-accumulates of the mixing for each pair of channels, without the changes of basis."""
         return sum(n * m.shape[1] ** 2 for n, m in zip(self.copies, self.matrices, strict=True))
 
     def pays(self, out_channels: int, in_channels: int) -> bool:
-        """Whether a mix by PyTorch's operations is faster in this basis than direct."""
+        """Whether mixing by PyTorch's operations is faster in this basis than direct."""
         order, pairs = len(self.basis), out_channels * in_channels
         return self.macs * pairs + _OVERHEAD * order * (out_channels + in_channels) < order**2 * pairs
 
 
 @cache
 def basis_of(group: Group) -> Basis:
-    """The basis for a group; the tensors are shared and are not to be changed."""
+    """The basis of a group in float64 on the CPU. Its tensors are shared: do not change them."""
     found = regular_blocks(group)
     matrices = tuple(torch.from_numpy(block.matrices.copy()) for block in found.blocks)
     return Basis(torch.from_numpy(found.basis.copy()), tuple(block.copies for block in found.blocks), matrices)
@@ -62,29 +62,49 @@ def basis_of(group: Group) -> Basis:
 
 @cache
 def regular(group: Group) -> Basis:
-    """Direct mixing in the same terms: the regular representation as it is, one block of size S."""
+    """Direct mixing in the same terms: the standard basis, in which the regular representation is one block."""
     elements = np.arange(group.order).reshape(-1, 1, 1)
-    seen = (group.relative_table() == elements).astype(np.float64)
-    # From NumPy, as PyTorch may be set to make tensors on another device.
-    return Basis(torch.from_numpy(np.eye(group.order)), (1,), (torch.from_numpy(seen),))
+    matrices = (group.relative_table() == elements).astype(np.float64)
+    # From NumPy, because PyTorch may be set to make tensors on another device.
+    return Basis(torch.from_numpy(np.eye(group.order)), (1,), (torch.from_numpy(matrices),))
 
 
-@cache
-def basis_on(group: Group, device: torch.device, dtype: torch.dtype) -> Basis:
-    """The same on a device and in a type. Kept: to copy it there in every pass would hold up the queue of a GPU."""
-    basis, copies, matrices = basis_of(group)
-    with torch.inference_mode(False):  # also passes with gradients are to use it
-        return Basis(basis.to(device, dtype), copies, tuple(m.to(device, dtype) for m in matrices))
+_bases: dict[tuple[Group, torch.device, torch.dtype], Basis] = {}
+
+
+def basis_like(group: Group, like: Tensor) -> Basis:
+    """The basis of a group on the device and in the type of a tensor.
+
+    It is kept, because a copy to a GPU in each pass would stall that. Two kinds of passes get a new one. A
+    ``FakeTensorMode`` accepts no tensors but its own. ``torch.jit.trace`` refuses two passes with different operations.
+    """
+    if type(like) not in (Tensor, nn.Parameter) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return _new_basis(group, like)
+    key = group, like.device, like.dtype
+    found = _bases.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # passes with gradients will use it too
+            found = _new_basis(group, like)
+        if type(found.basis) is Tensor:
+            _bases[key] = found
+    return found
+
+
+def _new_basis(group: Group, like: Tensor) -> Basis:
+    blocks = regular_blocks(group)
+    matrices = (block.matrices for block in blocks.blocks)
+    basis, *others = (torch.tensor(a, dtype=like.dtype, device=like.device) for a in (blocks.basis, *matrices))
+    return Basis(basis, tuple(block.copies for block in blocks.blocks), tuple(others))
 
 
 class Mixing(Protocol):
-    """R mixes ``[N, S I, H, W]`` to ``[N, S O, H, W]``, each with its own weights."""
+    """R linear maps from ``[N, S I, H, W]`` to ``[N, S O, H, W]``, the terms of a filter of rank R."""
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
-        """Every mix of one map, one after the other."""
+        """The outputs of all R terms for one input, one after the other."""
 
     def total(self, maps: Iterable[Tensor], bias: Tensor | None) -> Tensor:
-        """The sum of the mixes, each of its own map, plus a bias ``[S O]`` that repeats itself S times."""
+        """The sum over the terms, each with its own input, plus a bias ``[S O]`` that is the same for all elements."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +132,12 @@ class DirectMixing:
 
 @dataclass(frozen=True, eq=False)
 class IrrepMixing:
-    """Mixing as one small matrix product for each copy of a representation, between two changes of basis.
+    """Mixing between two changes of basis, as one small matrix product for each copy of an irreducible representation.
 
     Attributes:
         basis: ``[S, S]``, in the type and on the device of the maps.
-        copies: of each representation.
-        weights: of each representation, ``[R, d O, d I]``.
+        copies: for each representation, how often it occurs.
+        weights: for each representation ``[R, d O, d I]``.
     """
 
     basis: Tensor
@@ -125,12 +145,12 @@ class IrrepMixing:
     weights: tuple[Tensor, ...]
 
     def each(self, x: Tensor) -> Iterator[Tensor]:
-        turned = _in_basis(_rows(x), self.basis.mT)
+        changed = _in_basis(_rows(x), self.basis.mT)
         for number in range(len(self.weights[0])):
-            yield _maps(_in_basis(self._products(turned, number, None), self.basis), x)
+            yield _maps(_in_basis(self._products(changed, number, None), self.basis), x)
 
     def total(self, maps: Iterable[Tensor], bias: Tensor | None) -> Tensor:
-        if bias is not None:  # the same for all elements, so in the basis only the trivial representation has one
+        if bias is not None:  # the same for all elements: in the basis, only the trivial representation has a bias
             bias = torch.outer(self.basis.sum(0), bias.chunk(len(self.basis))[0]).flatten()
         total: Tensor | None = None
         for number, x in enumerate(maps):
@@ -140,7 +160,7 @@ class IrrepMixing:
         return _maps(_in_basis(total, self.basis), x)
 
     def _products(self, rows: Tensor, number: int, bias: Tensor | None) -> Tensor:
-        """Mix number ``number`` of ``[P, S I]`` to ``[P, S O]``, in the basis."""
+        """Term ``number`` of ``[P, S I]``, giving ``[P, S O]``, both in the basis."""
         weights = [w[number] for w, n in zip(self.weights, self.copies, strict=True) for _ in range(n)]
         parts = rows.split([w.shape[1] for w in weights], 1)
         biases = [None] * len(weights) if bias is None else bias.split([w.shape[0] for w in weights])
@@ -148,18 +168,18 @@ class IrrepMixing:
 
 
 _SMALL = 1 << 26
-"""Multiply-accumulates up to which the mix is a matrix product: a convolution prepares more."""
+"""Up to so many multiply-accumulates the mixing is a matrix product, because a convolution takes longer to prepare."""
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution; a small one, where the channels lie together, as the matrix product that it is."""
+    """A 1x1 convolution. A small one of a channels-last map is computed as a matrix product."""
     if x.stride(1) == 1 and x.numel() * len(weight) <= _SMALL:
         return _maps(F.linear(_rows(x), weight, bias), x)
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 def _in_basis(rows: Tensor, change: Tensor) -> Tensor:
-    """``[P, S C]`` after a change ``[S, S]`` of the basis of the group axis."""
+    """``[P, S C]`` after the change of basis ``[S, S]`` of its group axis."""
     return torch.matmul(change, rows.unflatten(1, (len(change), rows.shape[1] // len(change)))).flatten(1)
 
 
@@ -169,6 +189,6 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _maps(rows: Tensor, like: Tensor) -> Tensor:
-    """``[N H W, C]`` as maps of the size of ``like``."""
+    """``[N H W, C]`` as ``[N, C, H, W]``, with N, H and W of ``like``."""
     n, _, h, w = like.shape
     return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)

@@ -30,7 +30,7 @@ from gconv.functional.expansion import (
 )
 from gconv.functional.form_base import FilterShape
 from gconv.functional.forms import FORMS
-from gconv.functional.mixing import basis_on
+from gconv.functional.mixing import basis_like
 from gconv.groups.point_groups import Group
 from gconv.system.errors import InputError
 
@@ -183,7 +183,7 @@ class Kernel:
         """The same by PyTorch's operations."""
         s, i, o, rank, spatial_first, k, *sampling = self.sizes
         form = FORMS["gc_in" if spatial_first else "gc"]
-        basis = basis_on(self.group, x.device, x.dtype) if self.in_basis else None
+        basis = basis_like(self.group, x) if self.in_basis else None
         filters = form.filters(mix, spatial, Tables.build(self.group, k, device=x.device), basis)
         biases = None if bias is None else bias.repeat(s)
         y = form.run(to_group_major(x), *filters, biases, FilterShape(o, i, s, k), rank, Sampling(*sampling))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gconv.functional.expansion import on_tensor_cores
 from gconv.functional.form_base import Execution, Form
 from gconv.functional.forms import check_execution, form_named
-from gconv.functional.mixing import Basis, basis_of, basis_on
+from gconv.functional.mixing import Basis, basis_like, basis_of
 from gconv.groups.point_groups import Group
 from gconv.kernels.dispatch import Sizes, in_basis_pays
 from gconv.kernels.separable_conv import Kernel, kernel_of
@@ -133,7 +133,7 @@ class SeparableGConv2d(GroupConvBase):
             basis = basis if basis.pays(self.out_channels, self.in_channels) else None
         elif basis is not None:
             # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
-            basis = None if on_tensor_cores(mix) else basis_on(self.group, mix.device, mix.dtype)
+            basis = None if on_tensor_cores(mix) else basis_like(self.group, mix)
         return self.form.filters(mix, spatial, self._tables_at(mix.device), basis)
 
     def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:

@@ -348,17 +348,6 @@ def test_a_plain_dict_of_5d_weights_loads_as_it_is(kind, s_in):
     torch.testing.assert_close(layer(x := map_for(layer)), gconv2d(x, state["weight"], state["bias"]))
 
 
-@every_kind
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_and_pickles_compute_the_same_and_are_independent(kind, copied):
-    layer = make(kind, 2, 3, 3, group="p4m")
-    twin, x = copied(layer), map_for(layer)
-    assert repr(twin) == repr(layer)
-    assert twin(x).equal(layer(x))
-    twin.reset_parameters()
-    assert not twin(x).equal(layer(x))
-
-
 def test_repr_says_how_to_make_the_layer():
     assert repr(LiftingConv2d(1, 2, 3, group="pm")) == "LiftingConv2d(1, 2, group=pm, kernel_size=3)"
     assert (
