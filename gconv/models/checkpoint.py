@@ -1,4 +1,20 @@
-"""Checkpoints: one file of plain data that rebuilds a network, converted layers included, and executes nothing."""
+"""Checkpoints: one file of plain data from which a network is rebuilt, converted layers included.
+
+========== =============================================================================================================
+entry      what it is
+========== =============================================================================================================
+format     :data:`FORMAT`
+version    :data:`VERSION` of the writer. Version 1 has no settings, frozen and rounded, and one dtype for all weights
+model      the :class:`gconv.ModelSpec` as a dictionary
+layers     form, rank and execution of each group-to-group layer (:func:`layer_choices`)
+settings   by module, the plain attributes that were changed after it was built, for example the ``eps`` of a batch norm
+frozen     the parameters with ``requires_grad=False``
+state_dict the tensors by name
+rounded    the original dtype of each tensor that is stored in half precision
+record     how the network came about
+resume     what an unfinished training run needs to continue, or None
+========== =============================================================================================================
+"""
 
 from __future__ import annotations
 
@@ -24,7 +40,6 @@ from .zoo import build_model
 
 FORMAT = "gconv-checkpoint"
 VERSION = 2
-"""Version 1 has no ``settings``, ``frozen`` and ``rounded``, and one dtype for all weights."""
 
 
 @dataclass
@@ -52,17 +67,18 @@ def save(
 ) -> None:
     """Write a network as one file, atomically.
 
-    The file is written only if the network that :func:`load` makes of it is the given one: in every module, setting and
-    weight, so that its scores in eval mode are the same. A checkpoint describes what :func:`gconv.create_model` and
-    conversion make, and on top of that settings that were changed later (for example the ``eps`` of a batch norm, or
-    the stride of a convolution), a last layer for another number of classes, any dtypes, and frozen parameters.
+    The file is written only if :func:`load` makes the same network of it: the same modules, settings and weights, and
+    therefore the same scores in eval mode. A checkpoint describes the networks that :func:`gconv.create_model` and
+    conversion make. It also describes settings that were changed later (for example the ``eps`` of a batch norm or the
+    stride of a convolution), a last layer for another number of classes, any dtypes, and frozen parameters. It does not
+    describe hooks that see only gradients or state dicts.
 
     Args:
         model: a network of :func:`gconv.create_model`, converted or not.
         path: the file; one that is there is replaced.
         record: how the network came about, as plain data.
         resume: what an unfinished training run needs to continue.
-        half: store the weights in half precision (11 significant bits), for snapshots that are only to be looked at.
+        half: store the weights in half precision (11 significant bits), for snapshots whose scores need not be exact.
 
     Raises:
         InputError: the network has something that a checkpoint does not describe, such as a module of another class, a
@@ -71,31 +87,31 @@ def save(
     """
     built, content = _described(model, half)
     content |= {"record": record or {}, "resume": resume}
-    # Not to a path, from which PyTorch takes the name of its archive, and the temporary one is random; and not to an
-    # open file, as on a full disk it ends that with a RuntimeError of its own.
+    # It is written to memory first. Given a path, PyTorch would name its archive after the temporary file, which has a
+    # random name. Given an open file, it would raise a RuntimeError of its own on a full disk.
     buffer = io.BytesIO()
     try:
         torch.save(content, buffer)
         buffer.seek(0)
         content = torch.load(buffer, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
-        what = "record or resume holds objects that are not plain data"
+        what = "its spec, record or resume holds objects that are not plain data"
         raise InputError(f"cannot save the network: {what} (numbers, text, tensors, lists and dictionaries)") from error
     try:
         _fill(built, content)
     except _UNFIT as error:
         raise InputError(f"cannot save the network: {_one_line(error)}") from error
-    # What was built is now what will be loaded.
+    # Now ``built`` is the network that will be loaded.
     _refuse(next(tensor_differences(model, built, _rounded if half else lambda tensor: tensor), None))
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
 def _described(model: Model, half: bool) -> tuple[Model, dict[str, Any]]:
-    """A network as plain data; and what is built from that, which has all but the values of the tensors.
+    """The network that is built from a description of ``model``, without its tensors; and the description.
 
-    There is no run of the two on an example: it would prove less. Their forward passes are the same code on equal
-    attributes, so that equal tensors give equal scores on every input.
+    The two are compared part by part. They are not run on an example, which would prove less: as they run the same code
+    on equal attributes, equal tensors give equal scores for every input.
     """
     if not isinstance(model, Model) or not isinstance(model.spec, ModelSpec):
         what = f"only networks of gconv.create_model can be saved with their architecture, not {type(model)}"
@@ -105,16 +121,14 @@ def _described(model: Model, half: bool) -> tuple[Model, dict[str, Any]]:
     if model.fused:
         what = "a fused network cannot be saved: its batch norms are folded into its convolutions"
         raise InputError(f"{what}. Save the network that it was made of, or use gconv.export.")
-    spec = model.spec
-    if type(model.fc) is nn.Linear:
-        spec = replace(spec, classes=model.fc.out_features)
+    spec, last = model.spec, getattr(model, "fc", None)
+    if type(last) is nn.Linear:
+        spec = replace(spec, classes=last.out_features)
     try:
-        with torch.random.fork_rng(devices=[]):  # the user's random numbers are not used up
-            built, own = build_model(spec), layer_choices(model)
-            choices = {name: own.get(name, choice) for name, choice in layer_choices(built).items()}
-            apply_choices(built, choices)
-    except InputError as error:
-        raise InputError(f"cannot save the network: {error}") from error
+        built, own = _build(spec, "cpu"), layer_choices(model)
+        apply_choices(built, {name: own.get(name, choice) for name, choice in layer_choices(built).items()})
+    except _UNFIT as error:
+        raise InputError(f"cannot save the network: {_one_line(error)}") from error
     settings = _changed_settings(model, built)
     _apply_settings(built, settings)
     _refuse(next(structural_differences(model, built), None))
@@ -125,7 +139,7 @@ def _described(model: Model, half: bool) -> tuple[Model, dict[str, Any]]:
         "format": FORMAT,
         "version": VERSION,
         "model": spec.to_dict(),
-        "layers": choices,
+        "layers": layer_choices(built),
         "settings": settings,
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "state_dict": stored,
@@ -152,7 +166,7 @@ def _rounded(tensor: Tensor) -> Tensor:
 
 
 def load(path: str | Path) -> Model:
-    """The network in a checkpoint file, on the CPU and in eval mode, ready to run at its full speed.
+    """The network in a checkpoint file, on the CPU and in eval mode.
 
     Raises:
         InputError: as :func:`read`.
@@ -165,8 +179,8 @@ def read(path: str | Path) -> Checkpoint:
     """Everything in a checkpoint file. Nothing from the file is executed.
 
     Raises:
-        InputError: there is no such file, it is damaged, no checkpoint of this project, of a newer version, or its
-            weights do not fit its architecture or are not finite.
+        InputError: the file does not exist, is damaged, is not a checkpoint of this project, or is of a newer version;
+            or its weights do not fit its architecture, or are not finite.
     """
     content = read_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -178,9 +192,11 @@ def read(path: str | Path) -> Checkpoint:
         if version == 1:
             content = _from_version_1(content)
         spec = ModelSpec.from_dict(content["model"])
-        with torch.device("meta"):  # without memory, so that a spec cannot ask for more than the file has weights for
-            _check_shapes(_build(spec, content["layers"]), content["state_dict"])
-        model = _build(spec, content["layers"])
+        # First without memory, so that a spec cannot ask for more than the file has weights for.
+        for device in ("meta", "cpu"):
+            model = _build(spec, device)
+            apply_choices(model, content["layers"])
+            _check_shapes(model, content["state_dict"])
         _apply_settings(model, content["settings"])
         _fill(model, content)
         record, resume = dict(content["record"]), content["resume"]
@@ -209,12 +225,10 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "settings": {}, "frozen": [], "rounded": rounded}
 
 
-def _build(spec: ModelSpec, choices: dict[str, dict[str, Any]]) -> Model:
-    """A network of that architecture; the user's random numbers are not used up for weights that will be replaced."""
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(spec)
-        apply_choices(model, choices)
-    return model
+def _build(spec: ModelSpec, device: str) -> Model:
+    """A network whose weights will be replaced, so that it leaves the user's random numbers alone."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return build_model(spec)
 
 
 def _fill(model: Model, content: dict[str, Any]) -> None:
@@ -283,7 +297,7 @@ def layer_choices(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def apply_choices(model: nn.Module, choices: dict[str, dict[str, Any]]) -> None:
-    """Replace the layers of ``model`` in place so that :func:`layer_choices` gives ``choices``; weights are not kept.
+    """Replace layers of ``model`` so that :func:`layer_choices` gives ``choices``. Replaced layers lose their weights.
 
     Raises:
         InputError: a choice names a layer that the model does not have, or a form or rank that does not exist.
@@ -291,10 +305,10 @@ def apply_choices(model: nn.Module, choices: dict[str, dict[str, Any]]) -> None:
     current = layer_choices(model)
     if set(choices) != set(current):
         raise InputError(f"its layers {sorted(set(choices) ^ set(current))} are not those of the architecture")
-    for name, choice in choices.items():
-        if choice == current[name]:
-            continue
-        layer = model.get_submodule(name)
+    for name in [name for name, choice in choices.items() if choice != current[name]]:
+        layer, choice = model.get_submodule(name), choices[name]
         assert isinstance(layer, (GConv2d, SeparableGConv2d))
         full = layer.to_dense() if isinstance(layer, SeparableGConv2d) else layer
-        model.set_submodule(name, full if choice["form"] is None else SeparableGConv2d.like(full, **choice))
+        with torch.random.fork_rng(devices=[]):
+            new = full if choice["form"] is None else SeparableGConv2d.like(full, **choice)
+        model.set_submodule(name, new)

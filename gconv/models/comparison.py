@@ -65,7 +65,7 @@ def tensor_differences(
 
     Args:
         given: a network.
-        built: a network without structural differences from it, on the CPU.
+        built: a network without structural differences from it.
         stored: the rounding of tensors that is intended between the two.
 
     Yields:
@@ -78,7 +78,7 @@ def tensor_differences(
             yield f"{name} is {tensor.dtype}, not {other.dtype}"
         elif tensor.requires_grad != other.requires_grad:
             yield f"{name} has requires_grad={tensor.requires_grad}, not {other.requires_grad}"
-        elif not torch.equal(stored(tensor.detach().cpu()), other.detach()):
+        elif not torch.equal(stored(tensor.detach().cpu()), other.detach().cpu()):
             yield f"{name} has other values"
 
 
@@ -104,9 +104,10 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _replaced_methods(pairs: _Pairs) -> Iterator[str]:
-    """Methods that somebody assigned to a class of this package or of PyTorch.
+    """Methods that somebody assigned to a class, of this package or of PyTorch.
 
-    A method of a class comes from a module of the same package, or was decorated by PyTorch.
+    They are found by the package in which they were defined. A method's own package is that of its class; or PyTorch,
+    if one of its decorators wraps it.
     """
     classes = {cls: name for name, module, _ in reversed(pairs) for cls in type(module).__mro__}
     for cls in [cls for cls in classes if issubclass(cls, nn.Module) and cls is not nn.Module]:
@@ -121,13 +122,13 @@ def _replaced_methods(pairs: _Pairs) -> Iterator[str]:
 
 
 def _attribute_differences(name: str, given: nn.Module, built: nn.Module) -> Iterator[str]:
-    """Differences in what a copy of the module would have beside modules and tensors: settings and forward hooks."""
+    """Differences in the attributes that are no modules and tensors: settings and forward hooks."""
     ours, others = _attributes(given), _attributes(built)
     for attribute in {**others, **ours}:
         place = _join(name, attribute)
         if attribute not in ours:
             yield f"{place} is missing"
-        elif attribute in others or hasattr(type(built), attribute):  # else it is new, and no class knows it
+        elif attribute in others or hasattr(type(built), attribute):  # otherwise no class reads it
             value, other = ours[attribute], others.get(attribute, getattr(type(built), attribute, None))
             if attribute.endswith("_hooks") and value:
                 yield f"{name or 'the network'} has {attribute.strip('_').replace('_', ' ')}"
@@ -136,7 +137,7 @@ def _attribute_differences(name: str, given: nn.Module, built: nn.Module) -> Ite
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Without what a module keeps only to save time, which is not in its copies either."""
+    """The attributes that a copy of the module would have. What a layer keeps only to save time is not among them."""
     state = module.__getstate__()
     left_out = _COMPARED_ELSEWHERE | _WITHOUT_EFFECT_ON_SCORES
     return {key: value for key, value in state.items() if key not in left_out}
@@ -159,7 +160,7 @@ def _shape_differences(name: str, given: nn.Module, built: nn.Module) -> Iterato
 
 
 def _shared(pairs: _Pairs) -> Iterator[str]:
-    """Modules that are one, and tensors that are one in memory. Networks as they are built share neither."""
+    """Modules that have two names, and tensors that share their memory. A network that was just built has neither."""
     modules: dict[int, str] = {}
     tensors: dict[tuple[torch.device, int], str] = {}
     for name, module, _ in pairs:

@@ -345,7 +345,7 @@ class GroupConvBase(nn.Module, ABC):
         return {"group": self.group.name}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_cache"}
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's keywords that make a layer of the same shape, group and sampling."""

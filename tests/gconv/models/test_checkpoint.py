@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gconv.models import checkpoint
-from gconv.models.checkpoint import load, read, save
-from gconv.models.zoo import MODELS, Model, create_model
+from gconv.models.checkpoint import layer_choices, load, read, save
+from gconv.models.networks import Model, ModelSpec
+from gconv.models.zoo import MODELS, build_model, create_model
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
@@ -168,6 +169,44 @@ def test_only_what_was_learned_is_stored_in_every_mode(networks, folder, name):
     stored = torch.load(folder / f"{name}.pt", weights_only=True)["state_dict"]
     assert {key.rpartition(".")[2] for key in stored} <= LEARNED
     assert stored.keys() == evaluated.state_dict().keys() == NETWORKS[name]().train().state_dict().keys()
+
+
+SHIPPED = sorted((Path(__file__).parents[3] / "checkpoints").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_of_version_1_give_the_scores_of_their_weights(path):
+    """They are read here as version 1 was: every tensor is copied into a network in single precision."""
+    content = torch.load(path, weights_only=True)
+    assert content["version"] == 1
+    model = build_model(ModelSpec.from_dict(content["model"])).eval()
+    for name, choice in content["layers"].items():
+        if choice["form"] is not None:
+            model.get_submodule(name).execution = choice["execution"]
+    assert layer_choices(model) == content["layers"]
+    model.load_state_dict(content["state_dict"])
+    back = load(path)
+    images = torch.rand(2, *model.input_shape)
+    with torch.no_grad():
+        assert equal(back(images), model(images))
+    assert all(parameter.requires_grad for parameter in back.parameters())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", ["float64", "p4cnn-converted"])
+def test_the_dtype_of_a_file_of_version_1(networks, folder, tmp_path, name, half):
+    """It was that of the last layer, and single where that was stored in half precision."""
+    content = torch.load(folder / f"{name}.pt", weights_only=True)
+    for entry in ("settings", "frozen", "rounded"):
+        del content[entry]
+    if half:
+        state = content["state_dict"]
+        content["state_dict"] = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
+    torch.save({**content, "version": 1}, tmp_path / "old.pt")
+    given, back = networks[name][0], load(tmp_path / "old.pt")
+    single = half or name != "float64"
+    assert {p.dtype for p in back.parameters()} == {torch.float32 if single else torch.float64}
+    assert half or equal(dict(back.state_dict()), dict(given.state_dict()))
 
 
 def test_a_network_can_be_saved_and_loaded_again_and_again(networks, folder, tmp_path):
@@ -367,6 +406,14 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "NaN weight": (_set("state_dict", "conv1.bias", to=NAN), "NaN or infinite entries in conv1.bias"),
     "infinite weight": (_set("state_dict", "bn1.weight", to=INFINITE), "NaN or infinite entries in bn1.weight"),
     "infinite statistics": (_set("state_dict", "bn7.running_var", to=INFINITE), "entries in bn7.running_var"),
+    "no settings": (_drop("settings"), "inconsistent: 'settings'"),
+    "a setting that is none": (_set("settings", to={"bn1": {"forward": 3}}), "bn1 has no setting forward"),
+    "a setting of nothing": (_set("settings", to={"bn9": {"eps": 3.0}}), "bn9"),
+    "a setting that is a tensor": (_set("settings", to={"bn1": {"eps": NAN}}), "bn1 has no setting eps"),
+    "a setting to go on training": (_set("settings", to={"bn1": {"training": True}}), "bn1 has no setting training"),
+    "frozen is no list": (_set("frozen", to=None), "inconsistent"),
+    "frozen is no parameter": (_set("frozen", to=["bn1.running_var"]), "running_var"),
+    "rounded to nothing": (_set("rounded", to={"fc.weight": "torch.load"}), "inconsistent: 'torch.load'"),
     "record is a number": (_set("record", to=3), "inconsistent"),
     "no record": (_drop("record"), "inconsistent"),
 }

@@ -118,6 +118,7 @@ CHANGES: dict[str, Change] = {
     "statistics of the batch": Change(setting("bn6.track_running_stats", False)),
     "padding and dilation": Change(reshape_on_the_way),
     "stride": Change(setting("conv1.stride", (2, 2)), size=53),
+    "another execution": Change(setting("conv3.execution", "dense")),
     "pooling": Change(sampled_otherwise),
     "another number of classes": Change(head(10, 5)),
     "the same class anew": Change(setting("group_pool", GroupMaxPool)),
@@ -155,12 +156,12 @@ CHANGES: dict[str, Change] = {
     "another size of images": Change(setting("image_size", 14), "image_size"),
     "a setting that is no plain data": Change(setting("bn3.eps", torch.tensor(0.1)), "bn3.eps"),
     "another group": Change(setting("conv3.group", group("pmm")), "conv3.group"),
-    "an execution without meaning": Change(setting("conv1.execution", "irrep"), "conv1.execution"),
     "weight norm": Change(lambda net: parametrizations.weight_norm(net.fc), "fc is of class ParametrizedLinear"),
     "spectral norm": Change(lambda net: parametrizations.spectral_norm(net.conv1), "conv1"),
     "pruned": Change(lambda net: prune.l1_unstructured(net.fc, "weight", 0.5), "fc"),
     "a module less": Change(lambda net: delattr(net, "bn3"), "bn3 is missing"),
     "no module": Change(setting("bn3", type(None)), "bn3 is missing"),
+    "no last layer": Change(lambda net: delattr(net, "fc"), "fc is missing"),
     "a module more": Change(setting("extra", nn.ReLU), "extra is an additional module"),
     "a module in itself": Change(lambda net: setattr(net, "itself", net), "itself is an additional module"),
     "a parameter more": Change(
@@ -191,6 +192,7 @@ CHANGES: dict[str, Change] = {
         lambda net: setattr(net, "spec", replace(net.spec, widths=(11,))), "conv1.bias has shape"
     ),
     "a spec of nothing": Change(lambda net: setattr(net, "spec", replace(net.spec, name="p5cnn")), "p5cnn"),
+    "a spec of text": Change(lambda net: setattr(net, "spec", replace(net.spec, widths="10")), "widths"),
     "no spec": Change(lambda net: setattr(net, "spec", None), "create_model"),
 }
 
@@ -244,7 +246,14 @@ def check(net: Model, path: Path, change: Change) -> None:
 def test_most_described_changes_change_the_scores(networks):
     """Else the test above would say little about them."""
     before = scores(networks["trained"], 28)
-    without_effect = {"nothing", "the same class anew", "frozen parameters", "layout in memory", "a note"}
+    without_effect = {
+        "nothing",
+        "the same class anew",
+        "frozen parameters",
+        "layout in memory",
+        "a note",
+        "another execution",
+    }
     without_effect |= {"a gradient hook", "momentum", "cumulative statistics", "statistics of the batch"}
     for name, change in CHANGES.items():
         if change.place is None and change.size == 28:
@@ -328,6 +337,29 @@ def test_saving_changes_nothing(networks, tmp_path):
     with torch.no_grad():
         net.conv1.weight.zero_()  # not one memory with what was stored
     assert load(tmp_path / "net.pt").conv1.weight.any()
+
+
+def test_a_compiled_network_is_saved_as_what_was_compiled(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: function(*args))  # quickly
+    net = deepcopy(networks["converted"])
+    net.compile()
+    net.conv3.compile()
+    save(net, tmp_path / "net.pt")
+    assert list(tensor_differences(net, load(tmp_path / "net.pt"))) == []
+
+
+def test_the_users_default_device_and_dtype_make_no_difference(networks, tmp_path):
+    net = networks["converted"]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            save(net, tmp_path / "net.pt")
+            back = load(tmp_path / "net.pt")
+    finally:
+        torch.set_default_dtype(default)
+    assert list(structural_differences(net, back)) == []
+    assert list(tensor_differences(net, back)) == []
 
 
 def test_snapshots_in_half_precision_keep_dtype_and_settings(networks, tmp_path):
