@@ -24,9 +24,9 @@ demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain 
 test: $(STAMP) ## run the tests, JOBS at a time
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-check: $(STAMP) ## lint everything and check the types of both packages
+check: $(STAMP) ## lint everything, and check the types of the packages and benchmarks
 	$(PY) -m ruff check .
-	$(PY) -m mypy gconv analysis
+	$(PY) -m mypy
 
 bench: $(STAMP) ## measure speed, with table and figure; BENCH=--full takes half an hour. Records that are there are kept
 	$(PY) -m benchmarks.speed $(BENCH)

@@ -126,7 +126,7 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def _converted(
-    run: Run, original: nn.Module, data: Dataset, everything: bool
+    run: Run, original: gconv.Model, data: Dataset, everything: bool
 ) -> tuple[nn.Module, Stages, list[dict[str, Any]]]:
     """The converted network, its scores before and after batch norm is re-estimated, and each layer's form and rank."""
     train, validation = (data.train_and_validation, None) if everything else (data.train, data.validation)
@@ -169,7 +169,7 @@ def run_by_default(network: nn.Module) -> None:
             layer.execution = layer.form.default_execution
 
 
-def _decomposed(run: Run, original: nn.Module) -> nn.Module:
+def _decomposed(run: Run, original: gconv.Model) -> nn.Module:
     """The network with its expanded filters decomposed by Tucker-2 or CP."""
     from .tensor_baselines import at_macs, at_parameters  # here, as it needs tensorly and reading records does not
 

@@ -129,8 +129,8 @@ def _measures(weight: np.ndarray, group: gconv.Group) -> dict[tuple[str, str, in
         }
         for form, blocks in forms.items():
             if k > 1:
-                _ranked(found, "explained_energy", form, sum(_svd(block) for block in blocks))
-                centred = sum(_svd(block - block.mean(0)) for block in blocks)
+                _ranked(found, "explained_energy", form, np.sum([_svd(block) for block in blocks], axis=0))
+                centred = np.sum([_svd(block - block.mean(0)) for block in blocks], axis=0)
                 _ranked(found, "pca_explained_variance", form, centred[: min(len(blocks[0]) - 1, k * k)])
         for frame, kernels in (("", stored), ("_turned", turned)):
             cosines, gram = 0.0, np.zeros((s, s))

@@ -101,8 +101,8 @@ def record(run: Run) -> dict[str, Any]:
     if not kept.exists():
         torch.manual_seed(run.seed)
         network = gconv.create_model("p4cnn")
-        history = fit(network, images, full_recipe, seed=run.seed, label="full network")
-        gconv.save(network, kept, record={"history": history})
+        epochs = fit(network, images, full_recipe, seed=run.seed, label="full network")
+        gconv.save(network, kept, record={"history": epochs})
     source = gconv.read(kept)
     full = source.model.eval()
     small, report = convert(full, FORM, rank=1, data=images, test=data.test)
@@ -215,7 +215,7 @@ def plot() -> Figure:
     for row, (how, style) in enumerate(zip(shown, line_styles(len(shown)), strict=True)):
         for number, parts in enumerate(shown[how]):
             errors = [entry["train_error"] for part in parts for entry in part]
-            label = f"{row + 1}: {how} ({tables.seeds(shown[how])})" if number == 0 else None
+            label = f"{row + 1}: {how} ({tables.seeds(found.get(how, scratch))})" if number == 0 else None
             curves.plot(
                 range(1, len(errors) + 1), errors, lw=1, ms=4, alpha=0.8, markevery=(row, 6), label=label, **style
             )

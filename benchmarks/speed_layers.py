@@ -44,11 +44,12 @@ def measure(group: str, full: bool) -> list[dict[str, Any]]:
         grouped = from_group_major(maps, order)  # in the memory format that the layer before returns
         kinds = ("lifting", "full", *gconv.FORMS)
         networks = {kind: layer(kind, group, width) for kind in kinds}
-        macs: dict[str, int] = {kind: sum(networks[kind].macs()) for kind in kinds}  # type: ignore[operator, misc]
+        macs: dict[str, int] = {kind: sum(networks[kind].macs()) for kind in kinds}  # type: ignore[operator]
         plain = {"dense": maps.contiguous(), "dense, channels-last": maps}
         for name, given in plain.items():
             format = torch.channels_last if given is maps else torch.contiguous_format
-            networks[name] = nn.Conv2d(width * order, width * order, 3, padding=1).to(memory_format=format)
+            networks[name] = nn.Conv2d(width * order, width * order, 3, padding=1)
+            networks[name].to(memory_format=format)  # type: ignore[call-overload]  # which Module.to does accept
             macs[name] = (width * order) ** 2 * 9
         inputs = {name: plain.get(name, images if name == "lifting" else grouped) for name in networks}
         turns = (31 if full else 15) * (3 if width * order < 64 else 1)  # times of narrow layers vary most

@@ -167,8 +167,9 @@ def _layer_claims(rows: Rows) -> str:
 
     def lines() -> Iterator[tuple[str, ...]]:
         for row, share, _ in layer_shares(rows):
-            limit = LAYER_CLAIMS.get((row.get("group"), row.get("width")))
-            if row["variant"] in ("gc", "gc_in") and limit is not None:
+            layer = row.get("group"), row.get("width")
+            if row["variant"] in ("gc", "gc_in") and layer in LAYER_CLAIMS:
+                limit = LAYER_CLAIMS[layer]
                 limit *= 1 if row["direction"] == "forward" else BACKWARD
                 holds = "yes" if share <= limit else "no"
                 yield row["subject"], row["direction"], row["variant"], f"{limit:.3g}", f"{share:.3f}", holds

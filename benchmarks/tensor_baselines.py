@@ -78,13 +78,15 @@ class _Chain(nn.Module, ABC):
         self.to_empty(device=layer.weight.device)
         with torch.no_grad():
             for conv, weight in zip(self.convs, self.decompose(expanded_filter(layer)), strict=True):
+                assert isinstance(conv, nn.Conv2d)
                 conv.weight.copy_(weight)
-                if conv.bias is not None:
+                if conv.bias is not None and layer.bias is not None:
                     conv.bias.copy_(layer.bias.repeat_interleave(self.order))
         return self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convs(to_planar(x)).unflatten(1, (self.out_channels, self.order))
+        y: Tensor = self.convs(to_planar(x))
+        return y.unflatten(1, (self.out_channels, self.order))
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"

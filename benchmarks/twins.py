@@ -115,7 +115,8 @@ class Plain:
 
     def conv(self, in_channels: int, out_channels: int, k: int, *, first: bool = False, **how: Any) -> nn.Module:
         into = in_channels if first else in_channels * self.order
-        return nn.Conv2d(into, out_channels * self.order, k, **how).to(memory_format=self.format)
+        conv: nn.Module = nn.Conv2d(into, out_channels * self.order, k, **how)
+        return conv.to(memory_format=self.format)  # type: ignore[call-overload]  # which Module.to does accept
 
     def norm(self, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels * self.order)
