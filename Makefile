@@ -1,4 +1,4 @@
-# Needs make and Python 3.11 or newer; everything else goes into .venv. `make` lists what there is.
+# Needs make and Python 3.11 or newer; everything else goes into .venv. `make` lists the targets.
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -14,7 +14,7 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [JOBS=4], where TARGET is one of'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain it; results in out/demo
@@ -28,14 +28,14 @@ check: $(STAMP) ## lint everything, and check the types of the packages and benc
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(STAMP) ## measure speed, with table and figure; BENCH=--full takes half an hour. Records that are there are kept
+bench: $(STAMP) ## measure speed, and make table and figure; existing records are kept, BENCH=--full takes half an hour
 	$(PY) -m benchmarks.speed $(BENCH)
 	$(PY) -m benchmarks.speed table
 	$(PY) -m benchmarks.speed figure
 
-install: $(STAMP) ## only create .venv with the versions in constraints.txt (the targets above do so by themselves)
+install: $(STAMP) ## only create .venv with the versions in constraints.txt, as the targets above do too
 
-# A virtual environment that works is kept; a broken or an older one is made anew.
+# A virtual environment that works is kept. A broken one, or one of an older Python, is created anew.
 $(STAMP): pyproject.toml constraints.txt Makefile setup.py $(wildcard gconv/kernels/csrc/*)
 	@rm -f $@
 	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

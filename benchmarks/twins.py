@@ -1,17 +1,17 @@
-"""P4CNN and the p4m-ResNets as other libraries would have them, for comparisons of speed.
+"""P4CNN and the p4m-ResNets with the layers of other libraries, for comparisons of speed.
 
-Two skeletons, the networks of :mod:`gconv.models.zoo` once more, and four kits of layers to fill them with:
+There are two networks, which repeat those of :mod:`gconv.models.networks`, and three kits of layers for them:
 
-* :class:`Plain`: ``nn.Conv2d`` and ``nn.BatchNorm2d`` at the expanded width, whose every weight is its own: the *dense
-  limit*, in either memory format;
-* :class:`Lists`: as the first library for group convolutions has it: the filter is expanded in every pass by indexing
-  with Python lists, and batch norm is ``nn.BatchNorm3d``;
-* :class:`Escnn`: layers of escnn, if it is installed; :func:`escnn_exported` makes ordinary layers of them, those that
-  escnn's own ``export()`` gives.
+* :class:`Plain`: ``nn.Conv2d`` and ``nn.BatchNorm2d`` of the expanded width, with no weights shared. This is the *dense
+  limit*, in either memory format.
+* :class:`Lists`: the design of the first library for group convolutions. The filter is expanded in every pass by
+  indexing with Python lists, and batch norm is ``nn.BatchNorm3d``.
+* :class:`Escnn`: layers of escnn, if it is installed. :func:`escnn_exported` replaces them by the ordinary layers that
+  escnn's own ``export()`` returns.
 
-escnn asks for a package that needs a Fortran compiler, and for an old NumPy; without that package it runs: in a virtual
-environment of its own, ``pip install --no-deps escnn`` and then ``pip install torch "numpy<2" scipy lie_learn joblib
-pymanopt autograd lazy_loader rich`` (no scikit-learn, whose newer versions it does not get on with).
+escnn requires a package that needs a Fortran compiler, and an old NumPy, but runs without that package. Install it in a
+separate virtual environment: ``pip install --no-deps escnn``, then ``pip install torch "numpy<2" scipy lie_learn joblib
+pymanopt autograd lazy_loader rich``. Leave scikit-learn out, as escnn does not work with its newer versions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gconv.groups.point_groups import group
 
 
 class Kit(Protocol):
-    """The layers of one library; channels are counted as there are of them on the group."""
+    """The layers of one library. Channels are those of the group network: fields, not planar channels."""
 
     def enter(self, images: Tensor) -> Any: ...
     def conv(self, in_channels: int, out_channels: int, k: int, *, first: bool = False, **how: Any) -> nn.Module: ...
@@ -104,7 +104,7 @@ class TwinResNet(nn.Module):
 
 
 class Plain:
-    """Ordinary layers of the expanded width."""
+    """The kit of ordinary layers of the expanded width."""
 
     def __init__(self, order: int, *, channels_last: bool = False) -> None:
         self.order = order
@@ -135,7 +135,7 @@ class Plain:
 
 
 class ListConv(nn.Module):
-    """A group convolution whose filter is expanded by indexing with Python lists, anew in every pass."""
+    """A group convolution that expands its filter in every pass, by indexing with Python lists."""
 
     def __init__(self, on: str, shape: tuple[int, ...], bias: bool, **how: Any) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _PlanarMaxPool(nn.Module):
 
 
 class Lists:
-    """Layers that expand through Python lists, maps ``[N, C, S, H, W]`` throughout."""
+    """The kit of layers that expand their filter with Python lists; all maps are ``[N, C, S, H, W]``."""
 
     def __init__(self, on: str) -> None:
         self.group = on
@@ -193,12 +193,12 @@ class Lists:
 
 
 def has_escnn() -> bool:
-    """Whether escnn can be compared with."""
+    """Whether escnn is installed."""
     return find_spec("escnn") is not None
 
 
 class Escnn:
-    """Layers of escnn on regular fields, with a basis that spans all 3x3 filters."""
+    """The kit of escnn's layers on regular fields, with a basis that spans all 3x3 filters."""
 
     def __init__(self, on: str) -> None:
         from escnn import gspaces
@@ -237,7 +237,7 @@ class Escnn:
 
 
 def escnn_exported(twin: nn.Module, order: int) -> nn.Module:
-    """A network of :class:`Escnn` in eval mode with each layer replaced by what escnn's ``export()`` gives."""
+    """A network of :class:`Escnn` in eval mode, with each layer replaced by what escnn's ``export()`` returns."""
     made: nn.Module
     if isinstance(twin, TwinCNN):
         made = TwinCNN(Plain(order), twin.width)
