@@ -96,6 +96,8 @@ def _module_differences(given: nn.Module, built: nn.Module, name: str, pairs: _P
             yield from _module_differences(children[key], other, _join(name, key), pairs)
         else:
             yield f"{_join(name, key)} is missing"
+    if isinstance(given, nn.Sequential) and list(children) != list(others):
+        yield f"{name} runs its modules in another order"
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
@@ -110,7 +112,9 @@ def _replaced_methods(pairs: _Pairs) -> Iterator[str]:
     if one of its decorators wraps it.
     """
     classes = {cls: name for name, module, _ in reversed(pairs) for cls in type(module).__mro__}
-    for cls in [cls for cls in classes if issubclass(cls, nn.Module) and cls is not nn.Module]:
+    for cls in classes:
+        if cls is object:
+            continue
         homes = (cls.__module__.partition(".")[0], "torch")
         for attribute, value in vars(cls).items():
             method = value.fget if isinstance(value, property) else getattr(value, "__func__", value)

@@ -243,12 +243,6 @@ def test_record_and_resume_come_back(tmp_path):
     assert (back.record, back.resume) == ({}, None)
 
 
-def test_only_our_networks_are_saved(tmp_path):
-    with pytest.raises(InputError, match=r"only networks of gconv\.create_model"):
-        save(nn.Linear(2, 2), tmp_path / "net.pt")
-    assert os.listdir(tmp_path) == []
-
-
 # --- bad files
 
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -291,13 +292,23 @@ def test_a_hook_of_all_modules(networks, tmp_path):
         (GroupMaxPool, "forward", "group_pool runs a replaced method, GroupMaxPool.forward"),
         (nn.Linear, "forward", "fc runs a replaced method, Linear.forward"),
         (GConv2d, "forward", "conv2 runs a replaced method, GConv2d.forward"),
+        (nn.Module, "__call__", "the network runs a replaced method, Module.__call__"),
         (Model, "forward", "the network runs a replaced method, Model.forward"),
         (Model, "extra_repr", "the network runs a replaced method, Model.extra_repr"),
     ],
 )
-def test_a_method_assigned_to_a_class(networks, tmp_path, monkeypatch, cls, method, place):
-    monkeypatch.setattr(cls, method, lambda self, x: x, raising=False)
+@pytest.mark.parametrize("kind", [lambda self, x: x, property(lambda self: None), Mock()], ids=type)
+def test_a_method_assigned_to_a_class(networks, tmp_path, monkeypatch, cls, method, place, kind):
+    monkeypatch.setattr(cls, method, kind, raising=False)
     check(networks["trained"], tmp_path / "net.pt", Change(lambda net: None, place))
+
+
+def test_modules_that_run_in_another_order(tmp_path):
+    net = create_model("c-z2cnn", width=2)
+    first = net.conv2[0]
+    delattr(net.conv2, "0")
+    net.conv2.add_module("0", first)
+    check(net, tmp_path / "net.pt", Change(lambda net: None, "conv2 runs its modules in another order"))
 
 
 @pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, lambda net: net.fc, lambda net: net.state_dict()])
