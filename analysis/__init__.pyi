@@ -1,6 +1,7 @@
 from .allocation.allocators import ALLOCATORS as ALLOCATORS
 from .conversion.convert import convert as convert
 from .conversion.convert import to_dense as to_dense
+from .conversion.finetuning import Finetuning as Finetuning
 from .conversion.report import ConversionReport as ConversionReport
 from .conversion.report import LayerReport as LayerReport
 from .filters.banks import FilterBank as FilterBank
@@ -16,4 +17,4 @@ from .measures.table import Redundancy as Redundancy
 from .measures.table import block_redundancy as block_redundancy
 from .measures.table import redundancy as redundancy
 from .measures.table import redundancy_over_epochs as redundancy_over_epochs
-from .sweep import sweep as sweep
+from .sweep.rows import sweep as sweep

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from gconv.system.cli import Parser, loading, main_args, number, run
 from gconv.system.errors import InputError
 
 if TYPE_CHECKING:
-    from gconv.models.checkpoint import Checkpoint
-    from gconv.training.datasets import Dataset, Split
+    from analysis.conversion.finetuning import Finetuning
+    from analysis.conversion.report import ConversionReport
+    from analysis.conversion.splits import Splits
+    from gconv.models.networks import Model
 
 PROG = "python -m analysis.decompose"
 _ALLOCATORS = "uniform, energy, minmax, lagrangian, greedy, dynamic"
@@ -27,9 +30,10 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         PROG,
         "Measure how separable the filters of a trained group-convolution network are, and convert it into the best\n"
-        "separable network within a budget. With --data every layer is fitted to the output that it had (else to its\n"
-        "filter, by SVD), batch norm is re-estimated, and the error reported at every stage. Writes converted.pt,\n"
-        "report.json and spectra.png. Exactly one budget; without one every layer keeps 95 % of its energy.",
+        "separable network within a budget. With --data every layer is fitted to the output that it had, batch norm\n"
+        "is re-estimated, and the error is reported at every stage. Without it every layer is fitted to its filter by\n"
+        "SVD. Writes converted.pt, report.json and spectra.png. Give at most one budget, of --rank to --max-drop;\n"
+        "without one every layer keeps 95 % of its energy.",
         "  python -m analysis.decompose checkpoints/p4cnn-rotdigits.pt\n"
         "  python -m analysis.decompose checkpoints/p4cnn-rotdigits.pt --rank 2 --data rotdigits --finetune 10\n"
         "  python -m analysis.decompose net.pt --params 0.3 --data rotmnist-regen --out small\n"
@@ -43,8 +47,30 @@ def parser() -> argparse.ArgumentParser:
         "--form",
         default="auto",
         metavar="FORM",
-        help="g, gc, gc_in, g_turned or gc_turned for all layers, or auto (default): the best for each",
+        help="g, gc, gc_in, g_turned or gc_turned for all layers, or auto (default): the best form for each layer",
     )
+    _add_budgets(p)
+    p.add_argument("--data", metavar="NAME", help="rotdigits, rotmnist-regen or rotmnist")
+    _add_choices(p)
+    p.add_argument("--finetune", type=number(int, 0), default=0, metavar="EPOCHS", help="epochs of training afterwards")
+    p.add_argument(
+        "--distill",
+        default="scores",
+        metavar="T",
+        help="what fine-tuning learns from the original network: scores (default), layers (scores and layers), or none",
+    )
+    p.add_argument("--resume", action="store_true", help="continue the interrupted fine-tuning whose state is in --out")
+    p.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of the choice of images and the fine-tuning, default 0"
+    )
+    p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    p.add_argument("--out", metavar="DIR", help="where the results go (default: CKPT's name with -converted)")
+    p.add_argument("--force", action="store_true", help="replace results that are already in --out")
+    p.add_argument("--json", action="store_true", help="print the report as JSON on stdout, everything else on stderr")
+    return p
+
+
+def _add_budgets(p: argparse.ArgumentParser) -> None:
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--rank", type=number(int, 1), metavar="R", help="give every layer this rank")
     budget.add_argument(
@@ -54,12 +80,20 @@ def parser() -> argparse.ArgumentParser:
         help="give every layer the smallest rank that keeps this share of its energy (default 0.95)",
     )
     budget.add_argument("--params", metavar="P", help="parameters of the network: a fraction up to 1, or a number (9k)")
-    budget.add_argument("--macs", metavar="M", help="multiply-accumulates of an image as executed: likewise (3.5M)")
+    budget.add_argument(
+        "--macs",
+        metavar="M",
+        help="multiply-accumulates of an image as executed: a fraction up to 1, or a number (3.5M)",
+    )
     budget.add_argument("--latency", metavar="L", help="time of a batch here: a fraction up to 1, or a time (3.5ms)")
     budget.add_argument(
-        "--max-drop", metavar="D", help="points of validation accuracy that may be lost; the smallest one tried wins"
+        "--max-drop",
+        metavar="D",
+        help="points of validation accuracy that may be lost; of the networks tried the smallest one is taken",
     )
-    p.add_argument("--data", metavar="NAME", help="rotdigits, rotmnist-regen or rotmnist")
+
+
+def _add_choices(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allocation", default="auto", metavar="A", help=f"how a budget is shared out: auto (default), {_ALLOCATORS}"
     )
@@ -67,21 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--execution", default="auto", metavar="X", help="dense, factorized, irrep, or auto (default): the fastest here"
     )
-    p.add_argument("--sensitivity", metavar="FILE", help="a report.json of this network, whose measurements are reused")
-    p.add_argument("--finetune", type=number(int, 0), default=0, metavar="EPOCHS", help="train this long afterwards")
-    p.add_argument(
-        "--distill",
-        default="scores",
-        metavar="T",
-        help="what fine-tuning learns from the original network: scores (default), layers (these too), or none",
-    )
-    p.add_argument("--resume", action="store_true", help="continue the fine-tuning that was interrupted in --out")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of the choice of images and the fine-tuning")
-    p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    p.add_argument("--out", metavar="DIR", help="where the results go (default: CKPT's name with -converted)")
-    p.add_argument("--force", action="store_true", help="replace results that are already in --out")
-    p.add_argument("--json", action="store_true", help="print the report as JSON on stdout, everything else on stderr")
-    return p
+    p.add_argument("--sensitivity", metavar="FILE", help="a report.json of this network, to use its measurements again")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,80 +111,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> None:
-    # What the user typed is checked before anything slow is imported or read.
-    from analysis.allocation.budget import BUDGETS, Budget
-
-    if args.energy == 0:
-        raise InputError("--energy is 0; accepted: a share above 0 and up to 1")
-    budget = {kind: getattr(args, kind) for kind in BUDGETS}
-    kind = Budget.of(**budget).kind
-    if args.finetune and not args.data:
-        raise InputError("--finetune needs training images; accepted: --data NAME with it")
-    if kind == "max_drop" and not args.data:
-        raise InputError("--max-drop needs validation images; accepted: --data NAME with it")
-    if args.resume and not args.finetune:
-        raise InputError("--resume continues fine-tuning; accepted: the options of the interrupted call, as they were")
-
+    _check_options(args)
     with loading():
-        import torch
-
-        from analysis.conversion.convert import convert
-        from analysis.fitting.distillation import Distillation
+        from analysis.conversion.splits import splits_for
         from gconv.models import checkpoint
-        from gconv.system.files import atomic_path, check_output
         from gconv.training.loop import environment, pick_device
 
-    distillation = Distillation(weight=0) if args.distill == "none" else Distillation(target=args.distill)
+    training = _training(args)
     device = pick_device(args.device)
     source = checkpoint.read(args.checkpoint)
     out = Path(args.out or f"{Path(args.checkpoint).stem}-converted")
-    names = ("converted.pt", "report.json", "spectra.png")
-    paths = {name: check_output(out / name, force=args.force) for name in names}
-    for path in filter(Path.is_dir, paths.values()):
-        raise InputError(f"cannot write {path}: it is a directory")
+    paths = _output_paths(out, args.force)
     unfinished = out / "finetuning.pt"
-    resume = _resume(args.resume, unfinished)
+    training = replace(training, after_epoch=_keeper(unfinished), resume=_state(unfinished) if args.resume else None)
     sensitivity = None if args.sensitivity is None else _sensitivity(args.sensitivity)
-    data, train, validation, test = _data(args.data, source)
-    if kind == "max_drop" and validation is None:
-        what = "the network was trained on the validation images too, so nothing can be read off them"
-        raise InputError(f"--max-drop: {what}; accepted: a network trained without --all-data")
-
-    def keep(state: dict[str, Any]) -> None:
-        with atomic_path(unfinished) as path, path.open("wb") as file:
-            torch.save(state, file)
-
-    with tempfile.TemporaryDirectory() as scratch:
-
-        def saved(network: Any) -> Any:
-            path = Path(scratch, "converted.pt")
-            checkpoint.save(network, path)
-            return checkpoint.read(path).model.to(device)
-
-        try:
-            converted, report = convert(
-                source.model.to(device),
-                args.form,
-                **budget,
-                allocation=args.allocation,
-                minimise=args.minimise,
-                execution=args.execution,
-                data=train,
-                validation=validation,
-                test=test,
-                finetune=args.finetune,
-                distillation=distillation,
-                sensitivity=sensitivity,
-                seed=args.seed,
-                input_shape=None if data is None else data.train.images.shape[1:],
-                saved=saved,
-                after_epoch=keep,
-                resume=resume,
-            )
-        except KeyboardInterrupt:
-            if unfinished.exists():
-                print(f"\nto continue: the same command with --resume (its state is in {unfinished})", file=sys.stderr)
-            raise
+    data, splits = splits_for(args.data, source)
+    if args.max_drop is not None and splits.validation is None:
+        what = "the network was trained on the validation images too, so they tell nothing about a drop"
+        raise InputError(f"--max-drop: {what}. Give a network that was trained without --all-data.")
+    network = source.model.to(device)
+    size = None if data is None else data.train.images.shape[1:]
+    converted, report = _convert(args, network, splits, training, sensitivity, size, unfinished)
     document = {
         "checkpoint": str(args.checkpoint),
         "data": None if data is None else {"name": data.name, "description": data.description, "sha256": data.sha256},
@@ -176,28 +143,120 @@ def _command(args: argparse.Namespace) -> None:
     record = {"trained_on": source.record.get("trained_on"), "conversion": conversion, "converted_from": source.record}
     _write(paths, converted, record, document)
     unfinished.unlink(missing_ok=True)
-
-    from analysis.plots.console import print_report
-
-    print_report(report, document, file=sys.stderr if args.json else sys.stdout)
-    if args.json:
-        json.dump(document, sys.stdout, indent=2, allow_nan=False)
-        print()
-    else:
-        print(f"written: {', '.join(str(path) for path in paths.values())}")
+    _print(report, document, paths, args.json)
 
 
-def _resume(wanted: bool, path: Path) -> dict[str, Any] | None:
+def _check_options(args: argparse.Namespace) -> None:
+    """Check what the user typed, before anything slow is imported or read.
+
+    Raises:
+        InputError: options do not fit together, or a budget is out of range.
+    """
+    from analysis.allocation.budget import Budget
+
+    if args.energy == 0:
+        raise InputError("--energy is 0. Give a share above 0 and up to 1.")
+    kind = Budget.of(**_budget(args)).kind
+    if args.finetune and not args.data:
+        raise InputError("--finetune needs training images. Give --data NAME with it.")
+    if kind == "max_drop" and not args.data:
+        raise InputError("--max-drop needs validation images. Give --data NAME with it.")
+    if args.resume and not args.finetune:
+        raise InputError("--resume continues fine-tuning. Give the options of the interrupted command as they were.")
+
+
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
+    from analysis.allocation.budget import BUDGETS
+
+    return {kind: getattr(args, kind) for kind in BUDGETS}
+
+
+def _training(args: argparse.Namespace) -> Finetuning:
+    from analysis.conversion.finetuning import Finetuning
+    from analysis.fitting.distillation import Distillation
+
+    if args.distill == "none":
+        return Finetuning(args.finetune, Distillation(weight=0))
+    return Finetuning(args.finetune, Distillation(target=args.distill))
+
+
+def _output_paths(out: Path, force: bool) -> dict[str, Path]:
+    from gconv.system.files import check_output
+
+    names = ("converted.pt", "report.json", "spectra.png")
+    paths = {name: check_output(out / name, force=force) for name in names}
+    for path in filter(Path.is_dir, paths.values()):
+        raise InputError(f"cannot write {path}: it is a directory")
+    return paths
+
+
+def _convert(
+    args: argparse.Namespace,
+    network: Model,
+    splits: Splits,
+    training: Finetuning,
+    sensitivity: Any,
+    size: Sequence[int] | None,
+    unfinished: Path,
+) -> tuple[Model, ConversionReport]:
+    """The converted network as it is loaded back from a file. Interrupted, it says how the command is continued."""
+    from analysis.conversion.convert import convert
+    from gconv.models import checkpoint
+
+    device = next(network.parameters()).device
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def saved(after: Model) -> Model:
+            path = Path(scratch, "converted.pt")
+            checkpoint.save(after, path)
+            return checkpoint.read(path).model.to(device)
+
+        try:
+            return convert(
+                network,
+                args.form,
+                **_budget(args),
+                allocation=args.allocation,
+                minimise=args.minimise,
+                execution=args.execution,
+                data=splits.train,
+                validation=splits.validation,
+                test=splits.test,
+                finetune=training,
+                sensitivity=sensitivity,
+                seed=args.seed,
+                input_shape=size,
+                saved=saved,
+            )
+        except KeyboardInterrupt:
+            if unfinished.exists():
+                print(f"\nto continue: the same command with --resume (its state is in {unfinished})", file=sys.stderr)
+            raise
+
+
+def _keeper(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Keeps the state of a fine-tuning in a file."""
+    import torch
+
+    from gconv.system.files import atomic_path
+
+    def keep(state: dict[str, Any]) -> None:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
+
+    return keep
+
+
+def _state(path: Path) -> dict[str, Any]:
     """The state of an interrupted fine-tuning."""
     from gconv.system.tensor_files import read_plain
 
-    if not wanted:
-        return None
+    advice = "Give the command without --resume."
     if not path.exists():
-        raise InputError(f"{path} does not exist, there is nothing to resume; accepted: the call without --resume")
+        raise InputError(f"{path} does not exist, so there is nothing to resume. {advice}")
     state = read_plain(path)
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds no interrupted fine-tuning; accepted: the call without --resume")
+        raise InputError(f"{path} holds no interrupted fine-tuning. {advice}")
     return state
 
 
@@ -208,33 +267,14 @@ def _sensitivity(path: str) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a report; accepted: a report.json of this command") from error
+        raise InputError(f"{path} is not a report. Give a report.json of this command.") from error
     if table is None:
-        raise InputError(f"{path} has no measurements; accepted: the report of --params, --macs, --latency, --max-drop")
+        raise InputError(f"{path} has no measurements. Give the report of --params, --macs, --latency or --max-drop.")
     return table
 
 
-def _data(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Split | None, Split | None, Split | None]:
-    """The data set, the images that this network was trained on, validation images that it was not, and test images."""
-    if name is None:
-        return None, None, None, None
-    from gconv.training.datasets import load_dataset
-
-    data = load_dataset(name)
-    spec = source.model.spec
-    if (spec.in_channels, spec.classes) != (data.train.images.shape[1], data.classes):
-        raise InputError(
-            f"the network takes {spec.in_channels} channels and {spec.classes} classes; "
-            f"{data.name} has {data.train.images.shape[1]} and {data.classes}"
-        )
-    everything = source.record.get("trained_on") == "train and validation"
-    if everything:
-        return data, data.train_and_validation, None, data.test
-    return data, data.train, data.validation, data.test
-
-
 def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], document: dict[str, Any]) -> None:
-    """Write the three results, all or none, and make sure that the saved network is the one reported."""
+    """Write the three results, all or none. Make sure that the saved network is the one that the report is about."""
     import torch
     from matplotlib.figure import Figure
 
@@ -244,7 +284,7 @@ def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], docum
 
     figure = Figure()
     draw_spectra(figure, document["layers"])
-    with ExitStack() as together:  # all three take their places once all are written, or none does
+    with ExitStack() as together:  # all three appear once all are written
         files = {name: together.enter_context(atomic_path(path)) for name, path in paths.items()}
         checkpoint.save(converted, files["converted.pt"], record=record)
         saved = checkpoint.read(files["converted.pt"]).model.state_dict()
@@ -253,6 +293,17 @@ def _write(paths: dict[str, Path], converted: Any, record: dict[str, Any], docum
                 raise RuntimeError(f"the saved network is not the converted one: {name} differs")
         files["report.json"].write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         figure.savefig(files["spectra.png"], dpi=150)
+
+
+def _print(report: ConversionReport, document: dict[str, Any], paths: dict[str, Path], as_json: bool) -> None:
+    from analysis.plots.console import print_report
+
+    print_report(report, document, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        json.dump(document, sys.stdout, indent=2, allow_nan=False)
+        print()
+    else:
+        print(f"written: {', '.join(str(path) for path in paths.values())}")
 
 
 if __name__ == "__main__":

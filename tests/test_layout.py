@@ -33,6 +33,7 @@ ROOMS = (
     "analysis.latency",
     "analysis.conversion",
     "analysis.plots",
+    "analysis.sweep",
     "analysis",
 )
 PACKAGES = ("gconv", "analysis")
@@ -207,12 +208,6 @@ def test_a_right_tree_is_left_in_peace(tmp_path: Path) -> None:
 
 # Those that are too long still, each by its path and, for a function, its name.
 LONG = {
-    "analysis/conversion/convert.py convert",
-    "analysis/conversion/request.py checked",
-    "analysis/decompose.py _command",
-    "analysis/fitting/alternating.py",
-    "analysis/sweep.py",
-    "analysis/sweep.py sweep",
     "gconv/experiments/runs.py perform",
     "gconv/nn/base.py",
     "gconv/train.py",
@@ -221,11 +216,13 @@ LONG = {
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """The functions and methods of a file, by name, with their lengths in lines."""
+    """The functions and methods of a file, by name, with their lengths in lines; docstrings do not count."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            text = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) else 0
             assert node.end_lineno is not None
-            yield node.name, node.end_lineno - node.lineno + 1
+            yield node.name, node.end_lineno - node.lineno + 1 - text
 
 
 def too_long(root: Path) -> set[str]:

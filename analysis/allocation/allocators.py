@@ -1,7 +1,8 @@
-"""How a budget is shared out: which of its options each layer takes, so that their costs sum to at most a limit.
+"""How a budget is shared out: the option that each layer takes, so that the sum of their costs is within a limit.
 
-Every rule sees the same :class:`Problem`, a multiple-choice knapsack (Kellerer et al., Knapsack Problems, ch. 11): one
-option per layer, each with a cost and an error. The rules differ in what they minimise, and in how well.
+Every rule sees the same :class:`Problem`, a multiple-choice knapsack problem (Kellerer et al., Knapsack Problems, ch.
+11): one option is chosen for each layer, and each option has a cost and an error. The rules differ in what they
+minimise, and in how well.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import numpy.typing as npt
 
 from gconv.system.errors import InputError, one_of
 
+from .pareto import front
+
 COSTS = ("parameters", "macs", "milliseconds")
-MAX_FRONT = 100_000  # entries; a merge takes that times the options of a layer, 40 of them 100 MB
-_ROUNDING = 1e-9  # relative; sums of times depend on their order in the last digits, sums of whole numbers do not
+MAX_FRONT = 100_000
+"""Largest number of entries of a front. A merge takes that times the options of a layer: 100 MB for 40 options."""
+_ROUNDING = 1e-9  # relative: the last digits of a sum of times depend on its order; those of whole numbers do not
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class Option:
     """One way to run a layer. The first option of every layer leaves it as it is.
 
     Attributes:
-        form, rank, execution: of the separable layer; None as it is.
+        form, rank, execution: of the separable layer; None for the layer as it is.
         energy: the share of the filter's energy that is kept.
         parameters: of the layer's filter.
         macs: for one image, as executed.
-        error: what replacing this layer alone adds to the error of the network; 0 as it is.
-        relative_error: of the layer's own output, or without data of its filter.
-        drop: points of accuracy that replacing this layer alone loses on validation, if measured.
-        milliseconds: if measured.
+        error: what replacing this layer alone adds to the error of the network; 0 for the layer as it is.
+        relative_error: of the layer's own output; without data, of its filter.
+        drop: points of validation accuracy that replacing this layer alone loses; None if it was not measured.
+        milliseconds: of the layer on a batch; None if they were not measured.
     """
 
     form: str | None
@@ -51,7 +55,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Problem:
-    """The options of every layer, which of their attributes is the cost, and the limit on its sum over these layers."""
+    """The options of every layer, the attribute that is the cost, and the limit on the sum of the costs."""
 
     layers: tuple[tuple[Option, ...], ...]
     cost: str
@@ -64,7 +68,7 @@ class Problem:
             for name in ("energy", "error", "relative_error", self.cost):
                 value = getattr(option, name)
                 if value is None or not math.isfinite(value):
-                    raise InputError(f"the {name} of an option is {value}; accepted: a finite number")
+                    raise InputError(f"the {name} of an option is {value}. Give a finite number.")
 
 
 Allocator = Callable[[Problem], list[int]]
@@ -82,10 +86,10 @@ def allocate(problem: Problem, name: str = "auto") -> tuple[list[int], str]:
 
     Args:
         problem: the options and the limit.
-        name: one of ``ALLOCATORS``; or ``auto``: exact where that is feasible, else ``lagrangian``.
+        name: one of ``ALLOCATORS``; or ``auto``: the exact optimum if it is feasible, else ``lagrangian``.
 
     Raises:
-        InputError: an unknown name, a limit out of reach, or ``dynamic`` on too large a problem.
+        InputError: the name is unknown, the limit is out of reach, or the problem is too large for ``dynamic``.
     """
     if name != "auto" and name not in ALLOCATORS:
         raise one_of("allocator", name, ["auto", *ALLOCATORS])
@@ -113,18 +117,18 @@ Values = npt.NDArray[np.float64]  # [layers, columns]
 
 
 class _Table:
-    """A problem as arrays, a row for each layer; to the right of its options a row is padded with infinite costs.
+    """A problem as arrays, with a row for each layer. Short rows are padded with infinite costs.
 
-    The options of a row are sorted by cost, then error, then MACs: wherever a rule is indifferent the first one wins.
+    The options of a row are sorted by cost, then error, then MACs: a rule that finds two equally good takes the first.
     """
 
     def __init__(self, problem: Problem) -> None:
         least = reachable(problem)
         self.limit = problem.limit * (1 + _ROUNDING) if problem.cost == "milliseconds" else problem.limit
         if not least <= self.limit:  # NaN too
-            # Times are rounded up, so that the number that is named will be accepted.
+            # Times are rounded up, so that the number that is named is in reach.
             shown = f"{math.ceil(least * 1e4) / 1e4:.4f}" if problem.cost == "milliseconds" else f"{least:,}"
-            raise InputError(f"a limit of {problem.limit:,} {problem.cost} is out of reach; accepted: at least {shown}")
+            raise InputError(f"a limit of {problem.limit:,} {problem.cost} is out of reach. Give at least {shown}.")
         self.order = [
             sorted(range(len(layer)), key=lambda n: (getattr(layer[n], problem.cost), layer[n].error, layer[n].macs))
             for layer in problem.layers
@@ -152,7 +156,7 @@ class _Table:
 
 
 def _allocator(rule: Callable[[_Table], Columns]) -> Allocator:
-    """Registers a rule under its name. It is asked only if the limit is within reach and rules out all as it is."""
+    """Registers a rule under its name. The rule is asked only if the limit can be met, and not by changing nothing."""
 
     @wraps(rule)
     def allocator(problem: Problem) -> list[int]:
@@ -165,10 +169,10 @@ def _allocator(rule: Callable[[_Table], Columns]) -> Allocator:
 
 @_allocator
 def uniform(table: _Table) -> Columns:
-    """One rank for all layers, the largest that fits, or for each form in a layer the largest below it.
+    """One rank for all layers: the largest that fits. A form without that rank in a layer takes its largest below it.
 
-    Where there are several forms a layer takes the one of least error. Only options that are cheaper than the layer
-    compete; without one it is left as it is. Where no rank fits, every layer takes its cheapest option.
+    If a layer has several forms, it takes the one of least error. Only options that are cheaper than the layer compete;
+    without one, the layer is left as it is. If no rank fits, every layer takes its cheapest option.
     """
 
     def at(rank: int, row: int) -> int:
@@ -191,22 +195,23 @@ def uniform(table: _Table) -> Columns:
 
 @_allocator
 def energy(table: _Table) -> Columns:
-    """Each layer takes its cheapest option that keeps a share of the energy, one for all, the largest that fits."""
+    """Every layer keeps the same share of its energy, at the least cost. The share is the largest that fits."""
     return _strictest(table, table.of(lambda option: option.energy))
 
 
 @_allocator
 def minmax(table: _Table) -> Columns:
-    """The least ``max_l relative_error_l`` (ALDS; Liebenwein et al., NeurIPS 2021); then the slack is spent."""
+    """The least ``max_l relative_error_l`` (ALDS; Liebenwein et al., NeurIPS 2021). Then what is left is spent."""
     relative = table.of(lambda option: option.relative_error)
     return _spend(table, _strictest(table, -relative), relative)
 
 
 @_allocator
 def lagrangian(table: _Table) -> Columns:
-    """The least ``sum_l (error_l + alpha cost_l)`` at the smallest alpha >= 0 that meets the limit; then the slack.
+    """The least ``sum_l (error_l + alpha cost_l)`` at the smallest alpha >= 0 that meets the limit.
 
-    Exactly (Everett, 1963; Shoham & Gersho, 1988): down the convex hulls of all layers, the flattest edge first.
+    It is found exactly (Everett, 1963; Shoham & Gersho, 1988): down the convex hulls of all layers, the flattest edge
+    first. Then what is left of the limit is spent.
     """
     choice, _ = _descend(table, table.error)
     return _spend(table, choice, table.error)
@@ -214,11 +219,11 @@ def lagrangian(table: _Table) -> Columns:
 
 @_allocator
 def greedy(table: _Table) -> Columns:
-    """From all as it is, again and again the change of one layer that loses least accuracy per cost saved.
+    """Starting from the unchanged network, repeat the change of one layer that loses least accuracy per cost saved.
 
-    In the way of NetAdapt (Yang et al., ECCV 2018), but a change may go to any cheaper option. Ties go to the least
-    error per cost saved. That alone counts if the drop of any option was not measured: points of accuracy and errors
-    do not compare.
+    This follows NetAdapt (Yang et al., ECCV 2018), but a change may go to any cheaper option. Ties go to the least
+    error per cost saved. If the drop of any option was not measured, the error per cost saved alone decides, because
+    points of accuracy and errors cannot be compared.
     """
     if any(option.drop is None for options in table.options for option in options if option.form is not None):
         return _descend(table, table.error)[0]
@@ -227,7 +232,7 @@ def greedy(table: _Table) -> Columns:
 
 @_allocator
 def dynamic(table: _Table) -> Columns:
-    """The exact optimum of the summed error, the oracle that the others are measured by.
+    """The exact optimum of the summed error, which the other rules are measured by.
 
     Raises:
         InputError: a front would have more than ``MAX_FRONT`` entries.
@@ -236,23 +241,23 @@ def dynamic(table: _Table) -> Columns:
 
 
 def _strictest(table: _Table, quality: Values) -> Columns:
-    """Each layer's cheapest option of at least some quality, the highest of those that occur with which that fits."""
-    quality[table.rows, table.start] = np.inf  # a layer can always be left as it is, rounding or not
+    """Each layer's cheapest option of at least some quality, the same for all: the highest one that fits."""
+    quality[table.rows, table.start] = np.inf  # a layer can always be left as it is, whatever rounding says
 
     def at_least(least: float) -> Columns:
         return np.where(quality >= least, table.cost, np.inf).argmin(1)
 
-    # A lower demand is never dearer, so the first that fits is found by bisection over the list.
+    # A lower demand never costs more, so the first that fits is found by bisection.
     demands = np.unique(quality[np.isfinite(table.cost)])[::-1].tolist()
     return at_least(demands[bisect_left(demands, True, key=lambda least: table.fits(at_least(least)))])
 
 
 def _descend(table: _Table, *losses: Values) -> tuple[Columns, float]:
-    """From all as it is, the change of one layer with least loss per cost saved, until it fits; and the last price.
+    """Starting from the unchanged network, make the change with the least loss per cost saved until the limit is met.
 
-    The price is compared in the first of the losses, ties in the next; then the change that saves most comes first. In
-    one loss that is the walk along the merged lower convex hulls of all layers: the prices rise, and each choice on
-    the way minimises ``loss + price * cost``.
+    Returns the choice, and the last price: the loss per cost saved. Prices are compared in the first of the losses,
+    and ties in the next one; after that the change that saves most comes first. For a single loss this walks along the
+    merged lower convex hulls of all layers: prices rise, and each choice on the way minimises ``loss + price * cost``.
     """
     choice, price = table.start.copy(), 0.0
     while not table.fits(choice):
@@ -265,7 +270,7 @@ def _descend(table: _Table, *losses: Values) -> tuple[Columns, float]:
 
 
 def _spend(table: _Table, choice: Columns, loss: Values) -> Columns:
-    """While anything fits into what is left of the limit, the change that lowers the loss most per cost."""
+    """While any change fits into what is left of the limit, make the one that lowers the loss most per cost."""
     choice = choice.copy()
     while True:
         cost = table.at(table.cost, choice)
@@ -280,16 +285,16 @@ def _spend(table: _Table, choice: Columns, loss: Values) -> Columns:
 
 
 class _FrontTooLarge(InputError):
-    """The exact optimum is out of reach."""
+    """The exact optimum would take too much memory."""
 
 
 def _exact(table: _Table) -> tuple[Columns, int]:
     """The exact optimum, and the size of the largest front on the way.
 
-    A front holds the partial allocations (cost, error) of the first layers that no other one beats in both. Of these
-    only those are kept that can still lead to the optimum: with the layers to come a limit C and any price alpha >= 0
-    allow no error below ``error + alpha (cost - C) + sum min (error_l + alpha cost_l)``, which must not exceed that of
-    an allocation already at hand. Price and allocation are those of ``lagrangian``, where this bound is tightest.
+    A front holds the partial allocations (cost, error) of the first layers that no other one beats in both. Only those
+    are kept that can still lead to the optimum. For a limit C and any price alpha >= 0, the layers to come allow no
+    error below ``error + alpha (cost - C) + sum min (error_l + alpha cost_l)``; this bound must not exceed the error of
+    an allocation that is known already. Price and allocation are those of ``lagrangian``, where the bound is tightest.
     """
     choice, price = _descend(table, table.error)
     alpha = max(price, 0.0)
@@ -302,28 +307,19 @@ def _exact(table: _Table) -> tuple[Columns, int]:
     back: list[tuple[Columns, Columns]] = []
     largest = 0
     for row in table.rows.tolist():
-        columns = _front(table.cost[row], table.error[row])  # without the padding, whose error is infinite
+        columns = front(table.cost[row], table.error[row])  # without the padding, whose error is infinite
         costs = (cost[:, None] + table.cost[row, columns]).ravel()
         errors = (error[:, None] + table.error[row, columns]).ravel()
         possible = costs + least_cost[row + 1 :].sum() <= table.limit
         possible &= errors + alpha * (costs - table.limit) + least_sum[row + 1 :].sum() <= best
         kept = np.flatnonzero(possible)
-        kept = kept[_front(costs[kept], errors[kept])]
+        kept = kept[front(costs[kept], errors[kept])]
         if kept.size > MAX_FRONT:
             raise _FrontTooLarge(f"the exact front has more than {MAX_FRONT:,} entries; accepted: auto or lagrangian")
         cost, error, largest = costs[kept], errors[kept], max(largest, kept.size)
         back.append((kept // columns.size, columns[kept % columns.size]))
 
-    entry = cost.size - 1  # the dearest that fits: along a front the error falls
+    entry = cost.size - 1  # the most expensive one that fits: along a front the error falls
     for row, (previous, taken) in reversed(list(enumerate(back))):
         choice[row], entry = taken[entry], previous[entry]
     return choice, largest
-
-
-def _front(cost: Values, error: Values) -> Columns:
-    """The indices of the Pareto front: costs rise and errors fall, both strictly; of equals the first."""
-    order = np.lexsort((error, cost))
-    sorted_errors = error[order]
-    lower = np.ones(order.size, dtype=bool)
-    lower[1:] = sorted_errors[1:] < np.minimum.accumulate(sorted_errors)[:-1]
-    return order[lower]

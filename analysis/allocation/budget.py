@@ -1,4 +1,4 @@
-"""What a conversion may cost or lose: one budget, checked, and turned into a limit."""
+"""What a conversion may cost or lose: one budget, checked, and the limit that it stands for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Budget:
 
     Attributes:
         kind: one of ``BUDGETS``.
-        value: ``rank`` and ``energy`` (a share) hold for every layer; ``params``, ``macs`` (as executed, one image)
-            and ``latency`` (milliseconds) for the whole network; ``max_drop`` is in points of validation accuracy.
-        fraction: whether the value is a fraction of what the network has now.
+        value: ``rank`` and ``energy`` (a share) are for every layer. ``params``, ``macs`` (as executed, for one image)
+            and ``latency`` (milliseconds) are for the whole network. ``max_drop`` is in points of validation accuracy.
+        fraction: whether the value is a fraction of what the network has as given.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Budget:
 
     @classmethod
     def of(cls, **given: int | float | str | None) -> Budget:
-        """The one that is not None; by default 95 % of the energy.
+        """The budget that is not None. The default is 95 % of the energy.
 
         Raises:
             InputError: several are given, or a value is out of range.
@@ -40,12 +40,12 @@ class Budget:
         named = {kind: value for kind, value in given.items() if value is not None}
         if len(named) > 1:
             what = ", ".join(f"{kind} {value}" for kind, value in named.items())
-            raise InputError(f"several budgets are given: {what}; accepted: one of {', '.join(BUDGETS)}")
+            raise InputError(f"several budgets are given: {what}. Give one of {', '.join(BUDGETS)}.")
         ((kind, value),) = named.items() or [("energy", DEFAULT_ENERGY)]
         return _CHECKS[kind](kind, value)
 
     def limit(self, present: float) -> float:
-        """The value in absolute terms, for a network that has this at present."""
+        """The value in absolute terms, for a network that has ``present`` as given."""
         return self.value * present if self.fraction else self.value
 
     def to_dict(self) -> dict[str, float | bool | str]:
@@ -55,14 +55,14 @@ class Budget:
 
 def _rank(kind: str, value: object) -> Budget:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise InputError(f"rank is {value!r}; accepted: a whole number of at least 1")
+        raise InputError(f"rank is {value!r}. Give a whole number of at least 1.")
     return Budget(kind, int(value))
 
 
 def _energy(kind: str, value: object) -> Budget:
     number = None if isinstance(value, str) else _number(value, {})
     if number is None or not 0 < number <= 1:
-        raise InputError(f"energy is {value!r}; accepted: a share above 0 and up to 1, such as 0.95")
+        raise InputError(f"energy is {value!r}. Give a share above 0 and up to 1, such as 0.95.")
     return Budget(kind, number)
 
 
@@ -70,8 +70,8 @@ def _count(kind: str, value: object) -> Budget:
     number = _number(value, _UNITS)
     unit = isinstance(value, str) and value.strip().lower()[-1:] in _UNITS
     if number is None or number <= 0 or (number > 1 and number != int(number)) or (number <= 1 and unit):
-        raise InputError(f"{kind} is {value!r}; accepted: {_COUNT}")
-    # 1 is the whole network, not one parameter; a whole number may carry a unit, as in 8.9k.
+        raise InputError(f"{kind} is {value!r}. Give {_COUNT}.")
+    # 1 means the whole network, not one parameter. A whole number may have a unit, as in 8.9k.
     return Budget(kind, number if number <= 1 else int(number), fraction=number <= 1)
 
 
@@ -79,14 +79,14 @@ def _latency(kind: str, value: object) -> Budget:
     absolute = isinstance(value, str) and value.strip().lower().endswith("ms")
     number = _number(value.strip()[:-2], {}) if absolute and isinstance(value, str) else _number(value, {})
     if number is None or number <= 0 or (not absolute and number > 1):
-        raise InputError(f"latency is {value!r}; accepted: {_TIME}")
+        raise InputError(f"latency is {value!r}. Give {_TIME}.")
     return Budget(kind, number, fraction=not absolute)
 
 
 def _max_drop(kind: str, value: object) -> Budget:
     number = _number(value, {})
     if number is None or not 0 < number < 100:
-        raise InputError(f"max_drop is {value!r}; accepted: points of accuracy above 0 and below 100, such as 0.5")
+        raise InputError(f"max_drop is {value!r}. Give points of accuracy above 0 and below 100, such as 0.5.")
     return Budget(kind, number)
 
 

@@ -1,4 +1,4 @@
-"""The forms and ranks that a layer may take, what each costs and loses, and the rule for a budget per layer."""
+"""The forms and ranks that a layer may take, what each costs and loses, and the choice among them under a budget."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from gconv.system.errors import InputError
 from .allocators import Option
 from .budget import Budget
 
-# A layer at full rank explains all energy up to rounding; a target of 1 must still be met there.
+# A layer at full rank keeps all energy up to rounding. A target of 1 must still be met there.
 _ROUNDING = 1e-12
 Layer = GConv2d | SeparableGConv2d
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer gets: an option, or None to leave it as it is; and the reason in words."""
+    """What a layer becomes: an option, or None for the layer as it is; and the reason in words."""
 
     option: Option | None
     why: str
 
 
 def forms_named(name: str) -> tuple[Form, ...]:
-    """All forms for ``auto``, else the one of that name.
+    """All forms for ``auto``, else the form of that name.
 
     Raises:
         InputError: there is no such form.
@@ -79,9 +79,10 @@ def smaller_options(
 
 
 def option_at(layer: Layer, curve: Sequence[float], form: Form, rank: int, positions: tuple[int, int]) -> Option:
-    """A form and rank for a layer, run as the form is by default, or another way where that takes fewer MACs.
+    """A form and rank for a layer, with the form's default execution, or ``dense`` if that takes fewer MACs.
 
-    (On a map that shrinks to a point, mixing channels at every position costs more than the full filter at one.)
+    (On a map that shrinks to a point, mixing channels at every position of the input costs more than the full filter at
+    the one position of the output.)
     """
     channels = layer.out_channels, layer.in_channels
     default = SeparableGConv2d.default_execution(form, layer.group, *channels, layer.sampling.stride)
@@ -108,12 +109,12 @@ def choose(
     budget: Budget,
     positions: tuple[int, int],
 ) -> Choice:
-    """The choice for one layer under a budget that holds for every layer: ``rank`` or ``energy``.
+    """The choice for one layer under a budget for every layer: ``rank`` or ``energy``.
 
-    One form asked for: its smallest rank within the budget, even where that has more parameters than before. Several:
-    only options with fewer parameters than the layer at present, and no more MACs as executed, compete. Under
-    ``energy`` the one with the fewest parameters wins, and of equals the one that keeps more; under ``rank`` the one
-    that saves most parameters per share of energy lost.
+    If one form is asked for, the layer takes its smallest rank within the budget, even if that has more parameters than
+    the layer as given. If there are several forms, only options with fewer parameters than the layer as given, and no
+    more MACs as executed, compete. Under ``energy`` the one with the fewest parameters is taken, and of equals the one
+    that keeps more energy. Under ``rank`` it is the one that loses least energy per parameter saved.
     """
     if layer.filter_shape.k == 1:
         return Choice(None, "1x1: nothing to separate")

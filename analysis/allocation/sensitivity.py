@@ -1,72 +1,89 @@
 """What each option of each layer does to the network's output when that layer alone is replaced.
 
-Two measures. The relative error of the layer's own output comes from its moments, for every option, in one pass over
-the images. The divergence of the class scores, ``KL(p_original || p_replaced)`` averaged over images, needs a pass per
-option; it tells how much the rest of the network minds, so that errors of different layers can be added up.
+There are two measures. The relative error of the layer's own output comes from its moments, for every option, in one
+pass over the images. The divergence of the class scores, ``KL(p_original || p_replaced)`` averaged over images, needs a
+pass for every option. It tells how much the rest of the network minds, so errors of different layers can be added up.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from analysis.fitting.alternating import fit
-from analysis.fitting.moments import channel_weights, collect_moments, passes
+from analysis.fitting.alternating import fit_factors
+from analysis.fitting.moments import Moments, channel_weights, collect_moments, passes
 from gconv.functional.forms import FORMS
+from gconv.models.cost import cost
 from gconv.nn.conv import GConv2d
 from gconv.nn.modes import evaluating
+from gconv.nn.replace import replace_module
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.training.datasets import Split
 
 from .allocators import Option
+from .pareto import undominated
 
+OF_SCORES = "divergence of the class scores"
+OF_OUTPUTS = "squared relative error of the layer's own output"
+OF_FILTERS = "share of the filter's energy that is lost"
+
+FIT_WORK = 2e12
+"""Limit of :func:`measurable`: options times (entries of a patch)³, which takes some minutes."""
+SCORE_WORK = 10**13
+"""Multiply-accumulates, in the published convention, of classifying the probe images with every option: some minutes.
+
+The limit is one of work and not of time, so that the same network gets the same errors on every machine.
+"""
 _IMAGES = 1000  # images that the moments are taken from
 _PATCHES = 50_000
-_PROBES = 500  # images that are classified for every option
-_STEPS = 12  # of alternating least squares: enough to rank the options
-_SECONDS = 180.0  # more than that of classifying is not done; the layers' own errors have to do
-
-_WORK = 2e12  # options times (entries of a patch)³: some minutes; a p4m-ResNet44 has ten times as much
+_PROBES = 500  # images that are classified with every option
+_STEPS = 12  # rounds of alternating least squares: enough to rank the options
 
 Options = dict[str, tuple[Option, ...]]
+Layer = GConv2d | SeparableGConv2d
+
+
+class Measured(NamedTuple):
+    """The options of every layer, and what their ``error`` is.
+
+    Attributes:
+        options: for each layer; those that another one beats in parameters, MACs and relative error are left out.
+        compared_by: ``OF_SCORES``, in nats an image, or ``OF_OUTPUTS``.
+    """
+
+    options: Options
+    compared_by: str
 
 
 def measurable(model: nn.Module, options: Options) -> bool:
     """Whether fitting every option of every layer is a matter of minutes."""
     work = 0
     for name, own in options.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, (GConv2d, SeparableGConv2d))
-        _, i, s, k = layer.filter_shape
+        _, i, s, k = _layer(model, name).filter_shape
         work += len(own) * (i * s * k * k) ** 3
-    return work <= _WORK
+    return work <= FIT_WORK
 
 
-def measure_options(model: nn.Module, options: Options, data: Split, probes: Split | None, seed: int) -> Options:
-    """The options with ``relative_error``, ``error`` and ``drop`` measured; those that lose on every count left out.
+def measure_options(model: nn.Module, options: Options, data: Split, probes: Split | None, seed: int) -> Measured:
+    """Measure ``relative_error``, ``error`` and ``drop`` of every option.
 
     Args:
         model: the trained network.
-        options: of its layers, in the order in which they run; the first leaves the layer as it is.
+        options: of its layers, in the order in which they run; the first option leaves the layer as it is.
         data: training images, for the moments.
-        probes: validation images and labels, for the divergence and the drop; without them training images are used,
+        probes: validation images and labels, for the divergence and the drop. Without them training images are used,
             and the drop is not measured.
         seed: of the choice of images and patches.
-
-    Returns:
-        The options; ``error`` is the divergence in nats an image or, for networks in which that takes too long, the
-        squared relative error.
     """
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
     images = data.images[chosen[:_IMAGES]]
@@ -77,48 +94,53 @@ def measure_options(model: nn.Module, options: Options, data: Split, probes: Spl
     for names in passes(model, several):
         moments = collect_moments(model, model, names, images, seed=seed, patches=_PATCHES)
         for name in tqdm(names, desc="fitting options", disable=None, leave=False, unit="layer"):
-            layer = model.get_submodule(name)
-            assert isinstance(layer, (GConv2d, SeparableGConv2d))
-            rows, made = [options[name][0]], []
-            for option in options[name][1:]:
-                assert option.form is not None and option.rank is not None
-                fitted = fit(layer, FORMS[option.form], option.rank, moments[name], weights=weights[name], steps=_STEPS)
-                rows.append(replace(option, error=fitted.error**2, relative_error=fitted.error))
-                made.append(
-                    SeparableGConv2d.from_factors(
-                        layer, option.form, fitted.mix, fitted.spatial, fitted.bias, option.execution
-                    )
-                )
-            # The first is the layer as it is, and stays even where nothing is lost by another.
-            kept = [n for n, row in enumerate(rows) if not n or not any(_beats(other, row) for other in rows)]
-            measured[name] = tuple(rows[n] for n in kept)
-            fits[name] = [made[n - 1] for n in kept if n]
+            measured[name], fits[name] = _fitted(_layer(model, name), options[name], moments[name], weights[name])
     probe = Split(images[:_PROBES], data.labels[chosen[:_PROBES]]) if probes is None else probes
     some = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(seed))[:_PROBES]
-    divergences = _divergences(model, fits, Split(probe.images[some], probe.labels[some]))
-    if divergences is not None:
-        for name, pairs in divergences.items():
+    probe = Split(probe.images[some], probe.labels[some])
+    runs = sum(map(len, fits.values())) * len(some)
+    affordable = runs * cost(model, probe.images.shape[1:]).macs_published <= SCORE_WORK
+    if affordable:
+        for name, pairs in _divergences(model, fits, probe).items():
             first, *others = measured[name]
-            measured[name] = (
-                first,
-                *(
-                    replace(option, error=divergence, drop=None if probes is None else drop)
-                    for option, (divergence, drop) in zip(others, pairs, strict=True)
-                ),
+            compared = (
+                replace(option, error=divergence, drop=None if probes is None else drop)
+                for option, (divergence, drop) in zip(others, pairs, strict=True)
             )
-    return {name: measured.get(name, own) for name, own in options.items()}
+            measured[name] = (first, *compared)
+    by_layer = {name: measured.get(name, own) for name, own in options.items()}
+    return Measured(by_layer, OF_SCORES if affordable else OF_OUTPUTS)
 
 
-def _beats(one: Option, other: Option) -> bool:
-    """Whether one is nowhere worse and somewhere better."""
-    first, second = ((o.parameters, o.macs, o.relative_error) for o in (one, other))
-    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+def _fitted(
+    layer: Layer, options: Sequence[Option], moments: Moments, weights: Tensor
+) -> tuple[tuple[Option, ...], list[nn.Module]]:
+    """The options of a layer with the errors of its own output, and a fitted layer for each but the first.
+
+    Options that another one beats on every count are left out, except the first, which is the layer as it is.
+    """
+    rows, made = [options[0]], []
+    for option in options[1:]:
+        assert option.form is not None and option.rank is not None
+        fitted = fit_factors(layer, FORMS[option.form], option.rank, moments, weights=weights, steps=_STEPS)
+        rows.append(replace(option, error=fitted.error**2, relative_error=fitted.error))
+        factors = fitted.mix, fitted.spatial, fitted.bias
+        made.append(SeparableGConv2d.from_factors(layer, option.form, *factors, option.execution))
+    best = undominated([(row.parameters, row.macs, row.relative_error) for row in rows])
+    kept = [n for n, good in enumerate(best) if good or not n]
+    return tuple(rows[n] for n in kept), [made[n - 1] for n in kept if n]
+
+
+def _layer(model: nn.Module, name: str) -> Layer:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, (GConv2d, SeparableGConv2d))
+    return layer
 
 
 def _divergences(
     model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], probe: Split
-) -> dict[str, list[tuple[float, float]]] | None:
-    """For every replacement of a layer (divergence in nats, points of accuracy lost); None if it would take too long.
+) -> dict[str, list[tuple[float, float]]]:
+    """For every replacement of a layer (divergence in nats, points of accuracy lost).
 
     Batch norm uses the statistics of these images, as if they had been re-estimated.
     """
@@ -128,32 +150,30 @@ def _divergences(
             module.running_mean = module.running_var = None
     like = next(network.parameters())
     images, labels = probe.images.to(like), probe.labels.to(like.device)
-    count = sum(map(len, layers.values()))
     result: dict[str, list[tuple[float, float]]] = {}
     with evaluating(network), torch.inference_mode():
         expected = F.log_softmax(network(images).double(), 1)
-        began = time.perf_counter()
-        network(images)
-        if count * (time.perf_counter() - began) > _SECONDS:
-            return None
         right = (expected.argmax(1) == labels).double().mean()
+        count = sum(map(len, layers.values()))
         with tqdm(total=count, desc="measuring options", disable=None, leave=False, unit="option") as bar:
             for name, replacements in layers.items():
-                trained = network.get_submodule(name)
+                trained = current = network.get_submodule(name)
                 result[name] = []
-                for layer in replacements:
-                    network.set_submodule(name, layer.eval())
+                for layer in (*replacements, trained):
+                    replace_module(network, current, layer.eval())
+                    current = layer
+                    if layer is trained:  # put back in its place
+                        break
                     got = F.log_softmax(network(images).double(), 1)
                     divergence = F.kl_div(got, expected, log_target=True, reduction="batchmean")
                     drop = right - (got.argmax(1) == labels).double().mean()
                     result[name].append((max(0.0, float(divergence)), 100 * float(drop)))
                     bar.update()
-                network.set_submodule(name, trained)
     return result
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the network's weights, which a sensitivity table belongs to."""
+    """A digest of the network's weights; it tells which network a sensitivity table belongs to."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -163,7 +183,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def to_table(model: nn.Module, options: Options) -> dict[str, Any]:
-    """The options as plain data, to be kept and used again."""
+    """The options as plain data, which can be stored and used again."""
     return {
         "network": fingerprint(model),
         "layers": {name: [asdict(option) for option in own] for name, own in options.items()},
@@ -171,16 +191,16 @@ def to_table(model: nn.Module, options: Options) -> dict[str, Any]:
 
 
 def from_table(model: nn.Module, table: Any) -> Options:
-    """The options in a table.
+    """The options in a table of :func:`to_table`.
 
     Raises:
-        InputError: it is no such table, or that of another network.
+        InputError: it is not such a table, or it is that of another network.
     """
     try:
         given = table["network"]
         options = {name: tuple(Option(**row) for row in rows) for name, rows in table["layers"].items()}
     except (TypeError, KeyError, AttributeError) as error:
-        raise InputError("sensitivity is not a table of this package; accepted: that of an earlier report") from error
+        raise InputError("sensitivity is not a table of this package. Give that of an earlier report.") from error
     if given != fingerprint(model):
-        raise InputError("sensitivity was measured on another network; accepted: that of a report on this one")
+        raise InputError("sensitivity was measured on another network. Give that of a report on this one.")
     return options

@@ -1,8 +1,8 @@
-"""Choices by measured time: what each option of a layer takes, and which execution is the faster one here."""
+"""Choices by measured time: what each option of a layer takes, and which execution is the fastest one here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,72 +10,108 @@ import torch
 from torch import Tensor, nn
 
 from analysis.allocation.allocators import Option
+from analysis.allocation.options import executed_macs
 from analysis.allocation.sensitivity import Options
-from analysis.latency.timing import faster_execution, layer_inputs, layer_times
-from gconv.functional.forms import check_execution
-from gconv.nn.conv import GConv2d
+from analysis.latency.timing import fastest_execution, layer_inputs, layer_times
+from gconv.functional.form_base import Execution
+from gconv.functional.forms import FORMS, check_execution
 from gconv.nn.separable_conv import SeparableGConv2d
 
+from .layers import Layer, Runs
 from .report import LayerReport
 
 
 def timed_options(
-    layers: dict[str, GConv2d | SeparableGConv2d], options: Options, inputs: dict[str, Tensor], execution: str
+    layers: Mapping[str, Layer],
+    options: Options,
+    inputs: Mapping[str, Tensor],
+    runs: Mapping[str, Runs],
+    execution: str = "auto",
 ) -> Options:
-    """The options with the milliseconds of the faster execution; layers of one shape on maps of one size share them."""
-    known: dict[Any, Option] = {}
+    """The options with milliseconds, and with the MACs of the execution that was timed.
+
+    Only options that are faster than the layer as it is stay. Layers of one kind, with inputs of one shape, share
+    measurements.
+
+    Args:
+        layers: the layers, by name.
+        options: of each layer; the first one leaves it as it is.
+        inputs: for each layer a batch of what it reads.
+        runs: how each layer runs in one pass.
+        execution: of all options; ``auto``: for each the fastest one.
+    """
+    known: dict[Any, tuple[Execution | None, float]] = {}
     timed: Options = {}
     for name, own in options.items():
         layer, x = layers[name], inputs[name]
-        shape = _kind(layer, x)
-        kind = layer.rank if isinstance(layer, SeparableGConv2d) else None
+        kind = _kind(layer, x)
         rows = []
         for option in own:
-            key = (shape, option.form, option.rank, kind if option.rank is None else None)
+            key = (kind, option.form, option.rank)
             if key not in known:
                 known[key] = _timed(layer, option, x, execution)
-            found = known[key]
-            rows.append(replace(option, milliseconds=found.milliseconds, execution=found.execution, macs=found.macs))
+            way, milliseconds = known[key]
+            rows.append(_with_time(layer, option, way, milliseconds, runs[name]))
         first = rows[0].milliseconds
         assert first is not None
         timed[name] = (rows[0], *(row for row in rows[1:] if row.milliseconds is not None and row.milliseconds < first))
     return timed
 
 
-def _kind(layer: GConv2d | SeparableGConv2d, x: Tensor) -> tuple[Any, ...]:
-    """What the time of a layer depends on, beside form and rank."""
-    return layer.group.name, layer.filter_shape, layer.sampling, tuple(x.shape)
+def _with_time(layer: Layer, option: Option, way: Execution | None, milliseconds: float, runs: Runs) -> Option:
+    """The option as it was timed; a layer that runs several times takes its time as often."""
+    option = replace(option, milliseconds=runs.calls * milliseconds)
+    if option.rank is None or way is None:  # the layer as it is
+        return option
+    assert option.form is not None
+    macs = executed_macs(layer, FORMS[option.form], option.rank, way, runs.positions)
+    return replace(option, execution=way, macs=macs)
 
 
-def _timed(layer: GConv2d | SeparableGConv2d, option: Option, x: Tensor, execution: str) -> Option:
+def _kind(layer: Layer, x: Tensor) -> tuple[Any, ...]:
+    """What the time of a layer, and of any option for it, depends on."""
+    own = (layer.form.name, layer.rank, layer.execution) if isinstance(layer, SeparableGConv2d) else None
+    return layer.group.name, layer.filter_shape, layer.sampling, tuple(x.shape), own
+
+
+def _timed(layer: Layer, option: Option, x: Tensor, execution: str) -> tuple[Execution | None, float]:
+    """The execution, and its milliseconds; no execution for the layer as it is."""
     if option.rank is None:
-        return replace(option, milliseconds=layer_times(layer, x)[0])
+        return None, layer_times(layer, x)[0]
     assert option.form is not None
     with torch.random.fork_rng(devices=[]):
         separable = SeparableGConv2d.like(layer, option.form, option.rank)
-    chosen, times = faster_execution(separable, x)
-    chosen = chosen if execution == "auto" else check_execution(execution)
-    return replace(option, execution=chosen, milliseconds=times[chosen])
+    fastest, times, _ = fastest_execution(separable, x)
+    chosen = fastest if execution == "auto" else check_execution(execution)
+    return chosen, times[chosen]
 
 
-def choose_executions(after: nn.Module, rows: Sequence[LayerReport], size: Sequence[int]) -> None:
-    """Run every converted layer the faster way, as measured here; once for layers of a kind.
+def choose_executions(before: nn.Module, after: nn.Module, rows: Sequence[LayerReport], size: Sequence[int]) -> None:
+    """Let every converted layer run the fastest way, as measured here. Layers of one kind share measurements.
 
     Args:
+        before: the network as given.
         after: the converted network; its layers change in place.
-        rows: of the report; the times and the reason are entered.
-        size: of an image.
+        rows: of the report. The times and the reason are entered.
+        size: the shape of one image.
     """
     converted = {row.name: row for row in rows if row.form is not None}
     inputs = layer_inputs(after, list(converted), size)
-    known: dict[Any, Any] = {}
+    known: dict[Any, tuple[Execution, dict[Execution, float], float]] = {}
     for name, row in converted.items():
-        layer, x = after.get_submodule(name), inputs[name]
+        original, layer, x = before.get_submodule(name), after.get_submodule(name), inputs[name]
         assert isinstance(layer, SeparableGConv2d)
-        key = (layer.form.name, layer.rank, _kind(layer, x))
+        key = (layer.form.name, layer.rank, _kind(original, x))  # type: ignore[arg-type]
         if key not in known:
-            known[key] = faster_execution(layer, x)
-        layer.execution, times = known[key]
-        execution = layer.execution
-        row.milliseconds = times["dense"], times[execution]
-        row.why += f"; {execution}: " + ", ".join(f"{ms:.2f} ms {way}" for way, ms in times.items())
+            known[key] = _fastest(original, layer, x)
+        layer.execution, times, as_given = known[key]
+        row.milliseconds = as_given, times[layer.execution]
+        row.why += f"; {layer.execution}: " + ", ".join(f"{ms:.2f} ms {way}" for way, ms in times.items())
+
+
+def _fastest(
+    original: nn.Module, layer: SeparableGConv2d, x: Tensor
+) -> tuple[Execution, dict[Execution, float], float]:
+    """The fastest execution, the milliseconds of all, and those of the layer as given, in turns with them."""
+    chosen, times, (as_given,) = fastest_execution(layer, x, (original,))
+    return chosen, times, as_given

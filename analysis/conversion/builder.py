@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from analysis.allocation.options import Choice
-from analysis.fitting.alternating import fit
+from analysis.fitting.alternating import fit_factors
 from analysis.fitting.bn_recalibration import reestimate_batchnorm
 from analysis.fitting.moments import channel_weights, collect_moments, passes
 from analysis.fitting.reconstruction import refine, refinement_steps
@@ -18,16 +18,18 @@ from gconv.functional.forms import FORMS
 from gconv.models.cost import cost
 from gconv.nn.separable_conv import SeparableGConv2d
 
+from .layers import replace_layer
 from .request import Request
 
-_IMAGES = 4000  # training images that layers are fitted on; the statistics of batch norm come from all
-_IMAGES_WORK = 8 * 10**11  # multiply-accumulates of a forward pass of these; large networks take fewer images
+# Large networks see fewer images, in fewer groups of layers: each number has a limit in multiply-accumulates beside it.
+_IMAGES = 4000  # training images that layers are fitted on; the final statistics of batch norm come from all images
+_IMAGES_WORK = 8 * 10**11  # of one forward pass of these images
 _PATCHES = 100_000
-_WEIGHT_IMAGES = 512  # for what an error in each channel costs
-_WEIGHT_WORK = 4 * 10**11  # likewise
-_BATCHNORM_IMAGES = 2000  # between the layers; at the end all
-_PASSES = 8  # at most so many groups of layers are fitted one after the other
-_PASSES_WORK = 5 * 10**12  # multiply-accumulates of their forward passes together; large networks take fewer groups
+_WEIGHT_IMAGES = 512  # images that tell what an error in each channel costs
+_WEIGHT_WORK = 4 * 10**11  # of one forward pass of these images
+_BATCHNORM_IMAGES = 2000  # for batch norm between the groups; at the end all images are used
+_PASSES = 8  # groups of layers that are fitted one after the other
+_PASSES_WORK = 5 * 10**12  # of all forward passes for these groups together
 
 Plan = dict[str, Choice]
 
@@ -39,7 +41,7 @@ class Built:
     Attributes:
         network: the network.
         errors: relative output error of each layer that was fitted.
-        refinement_steps: how many each layer was refined for.
+        refinement_steps: how many steps each fitted layer was refined for.
     """
 
     network: nn.Module
@@ -48,37 +50,41 @@ class Built:
 
 
 def build(request: Request, plan: Plan) -> Built:
-    """The converted network; batch norm is re-estimated only as far as the fit needs it."""
+    """The converted network. Batch norm is re-estimated only as far as the fit needs it."""
     built = Built(copy.deepcopy(request.before))
-    after, layers = built.network, request.layers
     names = [name for name, choice in plan.items() if choice.option is not None]
-    if not request.outputs:
-        for name in names:
-            form, rank, execution = _settings(request, plan[name])
-            after.set_submodule(name, SeparableGConv2d.from_dense(layers[name], form, rank, execution))
+    if request.outputs and names:
+        _fit_outputs(request, plan, names, built)
         return built
-    if not names:
-        return built
-    assert request.train is not None
-    train, macs = request.train.images, request.costs.macs_executed
+    for name in names:
+        form, rank, execution = _settings(request, plan[name])
+        new = SeparableGConv2d.from_dense(request.layers[name], form, rank, execution)
+        replace_layer(built.network, name, new)
+    return built
+
+
+def _fit_outputs(request: Request, plan: Plan, names: list[str], built: Built) -> None:
+    """Fit these layers to their outputs, a group at a time, then refine them one after the other."""
+    assert request.splits.train is not None
+    train, macs, after = request.splits.train.images, request.costs.macs_executed, built.network
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(request.seed))
     images = train[order[: min(_IMAGES, max(1, _IMAGES_WORK // macs))]]
     some = images[: min(_WEIGHT_IMAGES, max(1, _WEIGHT_WORK // macs))]
     weights = channel_weights(request.before, names, some, seed=request.seed)
     executions: dict[str, Execution] = {}
-    # Inputs, outputs, and batch norm thereafter.
+    # Each group takes three passes: for its inputs, for its outputs, and for batch norm thereafter.
     number = max(1, min(_PASSES, _PASSES_WORK // (3 * macs * len(images))))
     for group in passes(request.before, names, -(-len(names) // number)):
         moments = collect_moments(request.before, after, group, images, seed=request.seed, patches=_PATCHES)
         for name in group:
-            layer, (form, rank, execution) = layers[name], _settings(request, plan[name])
-            fitted = fit(layer, FORMS[form], rank, moments.pop(name), weights=weights[name])
+            layer, (form, rank, execution) = request.layers[name], _settings(request, plan[name])
+            fitted = fit_factors(layer, FORMS[form], rank, moments.pop(name), weights=weights[name])
             built.errors[name] = fitted.error
             new = SeparableGConv2d.from_factors(layer, form, fitted.mix, fitted.spatial, fitted.bias, execution)
             executions[name] = new.execution
             if "irrep" not in new.form.executions:
-                new.execution = "dense"  # in here: the maps that the other forms make are many times larger
-            after.set_submodule(name, new)
+                new.execution = "dense"  # while it is built: factorised, these forms make maps many times larger
+            replace_layer(after, name, new)
         reestimate_batchnorm(after, images[:_BATCHNORM_IMAGES])
     together = macs + cost(after, request.size).macs_executed
     built.refinement_steps = refinement_steps(len(names), together, len(train))
@@ -87,10 +93,10 @@ def build(request: Request, plan: Plan) -> Built:
         done = after.get_submodule(name)
         assert isinstance(done, SeparableGConv2d)
         done.execution = as_planned
-    return built
 
 
 def _settings(request: Request, choice: Choice) -> tuple[str, int, str | None]:
+    """Form, rank and execution."""
     option = choice.option
     assert option is not None and option.form is not None and option.rank is not None
     return option.form, option.rank, option.execution if request.execution == "auto" else request.execution

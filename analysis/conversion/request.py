@@ -1,4 +1,4 @@
-"""What a conversion is asked for, checked before anything slow."""
+"""What a conversion is asked for. Everything is checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analysis.allocation.allocators import ALLOCATORS
 from analysis.allocation.budget import Budget
@@ -17,33 +17,34 @@ from analysis.allocation.sensitivity import Options, from_table
 from gconv.functional.form_base import EXECUTIONS, Form
 from gconv.functional.forms import FORMS, check_execution
 from gconv.models.cost import Cost, cost
-from gconv.nn.conv import GConv2d
-from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError, one_of
-from gconv.training.datasets import Split
+
+from .layers import Layer, Runs, group_layers, runs_of, sharing
+from .splits import Splits
 
 MINIMISE = ("auto", "weights", "outputs")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One conversion: the network, the budget, and the data, all of which fit together.
+    """One conversion: the network, the budget and the images, which fit together.
 
     Attributes:
         before: a copy of the network, in eval mode.
-        size: of one image, ``(C, H, W)``.
+        size: the shape of one image, ``(C, H, W)``.
         costs: of the network as given.
-        form: as it was named; ``forms`` are the forms that this stands for.
-        forms: that layers may take.
-        budget: the one that was given.
-        allocation: how it is to be shared out.
-        outputs: whether the layers' outputs are to be kept, not their filters.
+        form: as it was named.
+        forms: the forms that layers may take: the named one, or all for ``auto``.
+        budget: the budget.
+        allocation: how the budget is shared out.
+        outputs: whether layers are fitted to their outputs; else to their filters.
         execution: of every layer, or ``auto``.
-        train: images to fit on.
-        validation: images to compare options on.
-        test: images to report the error on.
-        seed: of all that is drawn.
-        options: of every layer, as measured in an earlier conversion; None if they are to be measured.
+        splits: the images.
+        seed: of everything that is drawn.
+        options: of every layer, as an earlier conversion measured them; None if they are to be measured.
+        compared_by: the error that an earlier conversion measured (:class:`analysis.allocation.sensitivity.Measured`).
+        runs: for each group-to-group layer how it runs, in the order in which they run.
+        shared: for each layer that shares a parameter, and therefore stays as it is, the reason.
     """
 
     before: nn.Module
@@ -55,11 +56,12 @@ class Request:
     allocation: str
     outputs: bool
     execution: str
-    train: Split | None
-    validation: Split | None
-    test: Split | None
+    splits: Splits
     seed: int
-    options: Options | None = None
+    options: Options | None
+    compared_by: str | None
+    runs: dict[str, Runs]
+    shared: dict[str, str]
 
     @classmethod
     def checked(
@@ -67,15 +69,14 @@ class Request:
         model: nn.Module,
         form: str,
         budget: Budget,
-        allocation: str,
-        minimise: str,
-        execution: str,
-        data: Split | Iterable[tuple[Tensor, Tensor]] | None,
-        validation: Split | None,
-        test: Split | None,
-        sensitivity: Any,
-        seed: int,
-        input_shape: Sequence[int] | None,
+        splits: Splits,
+        *,
+        allocation: str = "auto",
+        minimise: str = "auto",
+        execution: str = "auto",
+        sensitivity: Any = None,
+        seed: int = 0,
+        input_shape: Sequence[int] | None = None,
     ) -> Request:
         """The request for these arguments of :func:`analysis.convert`.
 
@@ -83,55 +84,37 @@ class Request:
             InputError: as there.
         """
         forms = forms_named(form)
-        for label, value, known in (
-            ("allocation", allocation, ("auto", *ALLOCATORS)),
-            ("minimise", minimise, MINIMISE),
-            ("execution", execution, ("auto", *EXECUTIONS)),
-        ):
-            if value not in known:
-                raise one_of(label, value, known)
-        if execution != "auto":
-            for one in forms:
-                check_execution(execution, one)
-        train = None if data is None else _as_split(data)
+        _check_names(forms, allocation, minimise, execution)
+        train = splits.train
         if minimise == "outputs" and train is None:
-            raise InputError("minimise outputs needs training images; accepted: data")
-        if budget.kind == "max_drop" and (validation is None or train is None):
-            raise InputError("max_drop needs training and validation images; accepted: data and validation")
-        layers = group_layers(model)
-        if not layers:
-            raise InputError("the network has no group-to-group layer to separate; accepted: a p2 to p4m network")
-        if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-            raise InputError("the network has NaN or infinite weights; accepted: finite weights")
-        if budget.kind == "rank":
-            largest = max(f.max_rank(layer.filter_shape) for f in forms for layer in layers.values())
-            if budget.value > largest:
-                raise InputError(
-                    f"rank {budget.value} is above the largest of form {form} here; accepted: 1 to {largest}"
-                )
+            raise InputError("minimise='outputs' needs training images. Give them as data.")
+        if budget.kind == "max_drop" and (splits.validation is None or train is None):
+            raise InputError("max_drop needs training and validation images. Give them as data and validation.")
+        layers = _checked_layers(model)
+        _check_rank(budget, form, forms, layers.values())
         size = input_shape or getattr(model, "input_shape", None) or (train and train.images.shape[1:])
         if not size:
-            raise InputError("the size of an image is unknown; give input_shape, such as (1, 28, 28), or data")
+            raise InputError("the size of an image is unknown. Give input_shape, such as (1, 28, 28), or data.")
         before = copy.deepcopy(model).eval()
         costs = cost(before, size)
-        for label, split in (("data", train), ("validation", validation), ("test", test)):
-            if split is not None:
-                _check_split(before, label, split)
+        splits.check(before)
         outputs = train is not None and minimise != "weights"
-        options = None
+        options = compared_by = None
         if sensitivity is not None:
             options = from_table(before, sensitivity)
+            compared_by = sensitivity.get("compared_by", "not recorded")
             _check_measured(sensitivity, forms, outputs)
+        runs = runs_of(before, group_layers(before), size)
         return cls(
             before, size, costs, form.lower(), forms, budget, allocation, outputs, execution,
-            train, validation, test, seed, options,
+            splits, seed, options, compared_by, runs, sharing(before),
         )  # fmt: skip
 
     @property
-    def layers(self) -> dict[str, GConv2d | SeparableGConv2d]:
+    def layers(self) -> dict[str, Layer]:
         """The layers from group to group, in the order in which they run."""
         layers = group_layers(self.before)
-        return {row.name: layers[row.name] for row in self.costs.layers if row.name in layers}
+        return {name: layers[name] for name in self.runs}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a report."""
@@ -144,25 +127,43 @@ class Request:
         }
 
 
-def group_layers(model: nn.Module) -> dict[str, GConv2d | SeparableGConv2d]:
-    """The layers from group to group by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (GConv2d, SeparableGConv2d))}
+def _check_names(forms: tuple[Form, ...], allocation: str, minimise: str, execution: str) -> None:
+    for label, value, known in (
+        ("allocation", allocation, ("auto", *ALLOCATORS)),
+        ("minimise", minimise, MINIMISE),
+        ("execution", execution, ("auto", *EXECUTIONS)),
+    ):
+        if value not in known:
+            raise one_of(label, value, known)
+    if execution != "auto":
+        for one in forms:
+            check_execution(execution, one)
 
 
-def _as_split(data: Split | Iterable[tuple[Tensor, Tensor]]) -> Split:
-    if isinstance(data, Split):
-        return data
-    batches = list(data) if isinstance(data, Iterable) else []
-    accepted = "a Split, such as Dataset.train, or a loader of batches"
-    if not batches:
-        raise InputError(f"data has no images; accepted: {accepted}")
-    try:
-        images, labels = zip(*batches, strict=True)
-        return Split(torch.cat(images), torch.cat(labels))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"data has batches that are not images of one size with labels; accepted: {accepted}"
-        ) from error
+def _checked_layers(model: nn.Module) -> dict[str, Layer]:
+    """The layers from group to group.
+
+    Raises:
+        InputError: there are none, the model is itself one, or the network has weights that are not finite.
+    """
+    layers = group_layers(model)
+    if not layers:
+        raise InputError("the network has no group-to-group layer to separate. Give one with gconv.GConv2d layers.")
+    if "" in layers:
+        raise InputError("the model is a single layer. Use gconv.SeparableGConv2d.from_dense to separate it.")
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"the network has NaN or infinite entries in {name}. Give one with finite weights.")
+    return layers
+
+
+def _check_rank(budget: Budget, form: str, forms: tuple[Form, ...], layers: Iterable[Layer]) -> None:
+    if budget.kind == "rank":
+        largest = max(f.max_rank(layer.filter_shape) for f in forms for layer in layers)
+        if budget.value > largest:
+            raise InputError(
+                f"rank {budget.value} is above the largest that form {form} has here; accepted: 1 to {largest}"
+            )
 
 
 def _check_measured(table: dict[str, Any], forms: tuple[Form, ...], outputs: bool) -> None:
@@ -170,32 +171,9 @@ def _check_measured(table: dict[str, Any], forms: tuple[Form, ...], outputs: boo
     measured = table.get("forms", list(FORMS))
     missing = [form.name for form in forms if form.name not in measured]
     if missing:
-        what = f"sensitivity was measured for form {', '.join(measured)} and not {', '.join(missing)}"
-        raise InputError(f"{what}; accepted: that of a report with form auto")
+        raise InputError(
+            f"sensitivity was measured for form {', '.join(measured)}, not for {', '.join(missing)}. "
+            "Give that of a report with form auto."
+        )
     if outputs and table.get("minimise") == "weights":
-        raise InputError("sensitivity is of the filters alone; accepted: that of a report with minimise outputs")
-
-
-def _check_split(model: nn.Module, label: str, split: Split) -> None:
-    """Raises InputError unless the network takes the images and has a score for every label."""
-    if not isinstance(split, Split):
-        raise InputError(f"{label} is a {type(split).__name__}; accepted: a Split, such as Dataset.{label}")
-    images, labels = split
-    if len(images) == 0 or len(images) != len(labels):
-        raise InputError(f"{label} has {len(images)} images and {len(labels)} labels; accepted: as many, at least one")
-    if not torch.isfinite(images).all():
-        raise InputError(f"{label} has NaN or infinite pixels; accepted: finite images")
-    like = next(model.parameters())
-    try:
-        with torch.no_grad():
-            classes = model(images[:1].to(like)).shape[1]
-    except (InputError, RuntimeError, IndexError) as error:
-        wanted = getattr(model, "input_shape", None)
-        accepted = "what the network takes" if wanted is None else f"[N, {', '.join(map(str, wanted))}]"
-        raise InputError(f"{label} has images {list(images.shape)}; accepted: {accepted}") from error
-    if labels.dim() != 1 or labels.is_floating_point():
-        what = f"{label} has labels of shape {list(labels.shape)} and type {labels.dtype}"
-        raise InputError(f"{what}; accepted: [N] whole numbers, the number of each image's class")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise InputError(f"{label} has labels from {low} to {high}; accepted: 0 to {classes - 1}")
+        raise InputError("sensitivity is of the filters alone. Give that of a report with minimise outputs.")

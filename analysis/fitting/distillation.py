@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gconv.nn.capture import Captured, capture
 from gconv.nn.modes import evaluating
-from gconv.system.errors import InputError
+from gconv.system.errors import InputError, one_of
 from gconv.training.datasets import Split
 from gconv.training.loop import fit
 from gconv.training.recipe import Recipe
@@ -27,10 +29,10 @@ class Distillation:
     """The loss ``(1 - weight) CE + weight T² KL(teacher / T || student / T)`` (Hinton et al., 2015).
 
     Attributes:
-        weight: of the teacher against the labels, from 0 (labels alone) to 1.
+        weight: how much the teacher counts, from 0 (labels alone) to 1 (teacher alone).
         temperature: T, which softens both distributions.
-        target: ``scores``; or ``layers``, which adds the mean squared error of every converted layer's output relative
-            to the power of the teacher's.
+        target: ``scores``; or ``layers``, which adds the mean squared error of every converted layer's output, relative
+            to the power of the teacher's output.
     """
 
     weight: float = 0.9
@@ -39,15 +41,15 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
-            raise InputError(f"the weight of distillation is {self.weight!r}; accepted: 0 to 1")
+            raise InputError(f"the weight of distillation is {self.weight!r}. Give a number from 0 to 1.")
         if not 0 < self.temperature < float("inf"):
-            raise InputError(f"the temperature of distillation is {self.temperature!r}; accepted: a number above 0")
+            raise InputError(f"the temperature of distillation is {self.temperature!r}. Give a number above 0.")
         if self.target not in TARGETS:
-            raise InputError(f"unknown target of distillation {self.target!r}; accepted: {', '.join(TARGETS)}")
+            raise one_of("target of distillation", self.target, TARGETS)
 
 
 def finetuning_recipe(epochs: int, images: int) -> Recipe:
-    """How a converted network is trained on so many images: at a rate that rises a while and falls as a cosine."""
+    """How a converted network is trained on so many images: the learning rate first rises, then falls as a cosine."""
     return Recipe(
         epochs,
         batch_size=min(_BATCH_SIZE, images),
@@ -73,14 +75,14 @@ def finetune(
 
     Args:
         student: the converted network.
-        teacher: the original one, in eval mode throughout.
+        teacher: the original network, in eval mode throughout.
         layers: the converted layers, for the target ``layers``.
         train: images and labels.
         epochs: passes over them.
         seed: of the order of images.
         distillation: the loss.
         resume: what ``after_epoch`` was given last, to continue an interrupted run.
-        after_epoch: called with the epoch's row of the history and with what a continuation needs.
+        after_epoch: called after every epoch with its row of the history, and with what a continuation needs.
 
     Returns:
         The recipe and the history of this call, as plain data.
@@ -94,29 +96,30 @@ def finetune(
 
 
 class DistilledLoss:
-    """The loss of a batch; keeps the outputs of the layers of both networks while it is entered."""
+    """The loss of a batch. While it is entered, it keeps the outputs of the layers of both networks.
+
+    Args:
+        student: the network that is trained.
+        teacher: the network that it learns from.
+        layers: names of the layers whose outputs are compared, if ``distillation.target`` is ``layers``.
+        distillation: the loss.
+    """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, layers: Sequence[str], distillation: Distillation
     ) -> None:
-        self.teacher, self.how = teacher, distillation
-        self.outputs: dict[nn.Module, dict[str, Tensor]] = {student: {}, teacher: {}}
+        self.student, self.teacher, self.how = student, teacher, distillation
         self.layers = tuple(layers) if distillation.target == "layers" else ()
-        self.hooks: list[Any] = []
+        self.seen: tuple[Captured, Captured] = (Captured(), Captured())
+        self.watching = ExitStack()
 
     def __enter__(self) -> DistilledLoss:
-        for network, kept in self.outputs.items():
-            for name in self.layers:
-                self.hooks.append(
-                    network.get_submodule(name).register_forward_hook(
-                        lambda module, given, output, name=name, kept=kept: kept.__setitem__(name, output)
-                    )
-                )
+        student, teacher = (capture(network, outputs=self.layers) for network in (self.student, self.teacher))
+        self.seen = self.watching.enter_context(student), self.watching.enter_context(teacher)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self.watching.close()
 
     def __call__(self, images: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
         weight, temperature = self.how.weight, self.how.temperature
@@ -132,7 +135,7 @@ class DistilledLoss:
             reduction="batchmean",
         )
         loss = loss + weight * temperature**2 * divergence
-        student, teacher = self.outputs.values()
+        student, teacher = (seen.outputs for seen in self.seen)
         for name in self.layers:
             error = (student[name] - teacher[name]).square().mean()
             loss = loss + weight * error / teacher[name].square().mean().clamp_min(1e-12) / len(self.layers)

@@ -13,6 +13,7 @@ a generator, and the layer that a generator expands to is equivariant: no moment
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gconv.functional.expansion import to_planar
+from gconv.nn.capture import Call, watch_calls
 from gconv.nn.conv import GConv2d
 from gconv.nn.modes import evaluating
 from gconv.nn.separable_conv import SeparableGConv2d
 
 PATCHES = 200_000
-"""Patches of one layer that are looked at; drawn at random where there are more."""
+"""Patches of one layer that are looked at; they are drawn at random if there are more."""
 _BATCH = 250
 _GRADIENT_BATCH = 64
 _BLOCK_BYTES = 2**26
 _MOMENT_BYTES = 2**30
-_KEPT_BYTES = 2**28  # of inputs and outputs at a time; large networks see smaller batches
-_WORK = 6e10  # patches times (entries of a patch)², beyond which fewer are looked at
-_AT_LEAST = 3  # patches for each entry; the average over the orbit is worth as many again for each element
-_ROUNDING = 1e-12  # relative to the power: a variance below this is that of a constant
+_KEPT_BYTES = 2**28  # of inputs and outputs at a time; large networks run on smaller batches
+_WORK = 6e10  # limit of patches times (entries of a patch)²; layers with large patches look at fewer
+_AT_LEAST = 3  # patches for each entry of a patch; the average over the orbit is worth that many for each element
+_ROUNDING = 1e-12  # relative to the power: a variance below this belongs to a constant
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Moments:
     target: Tensor
 
     def centred(self) -> Moments:
-        """Covariances in place of second moments: for a layer whose bias takes up any error of the mean."""
+        """Covariances in place of second moments, for a layer with a bias: it makes up for any error of the mean."""
         variance = self.power - self.target.square()
         return Moments(
             self.second - torch.outer(self.mean, self.mean),
@@ -80,7 +82,7 @@ class _Sums:
         self.target = _zeros(self.outputs, device=device)
 
     def enough(self, patches: int) -> float:
-        """How many of the patches to look at: fewer where they are large, but never too few for their second moment."""
+        """How many of the patches to look at: fewer if they are large, but always enough for their second moment."""
         return min(patches, max(_AT_LEAST * self.n, _WORK / self.n**2))
 
     def add(self, x: Tensor, y: Tensor, share: float, generator: torch.Generator) -> None:
@@ -105,7 +107,7 @@ class _Sums:
     def averaged(self) -> Moments:
         """The moments, averaged over the patches and over the orbit of each."""
         o, i, s, k = self.layer.filter_shape
-        # Row s of the table says where P_s puts each entry of a patch, within one input channel.
+        # Row s of the table says where P_s puts each entry of a patch within one input channel.
         channel = s * k * k * torch.arange(i, device=self.second.device)
         orbit = (self.layer.tables.expansion.view(s, 1, -1) + channel.view(1, i, 1)).flatten(1)
         cross, second, mean = self.cross.view(o, s, self.n), torch.zeros_like(self.second), torch.zeros_like(self.mean)
@@ -124,8 +126,8 @@ def _zeros(*size: int, device: torch.device) -> Tensor:
     return torch.zeros(*size, dtype=torch.float64, device=device)
 
 
-class _Reached(Exception):
-    """The last layer of interest has run; the rest of the network need not."""
+class _Complete(Exception):
+    """The last call of interest is over; the rest of the network need not run."""
 
 
 def collect_moments(
@@ -139,78 +141,80 @@ def collect_moments(
 ) -> dict[str, Moments]:
     """Moments of some layers over images: inputs from the converted network, wanted outputs from the original one.
 
-    Streams over batches, small ones where the maps are large: beside these, the memory is one ``[n, n]`` matrix a layer
-    and a block of patches. Both networks run in eval mode and only as far as the last of the layers.
+    The images pass in batches, which are small if the maps are large. Besides these, the memory is one matrix
+    ``[n, n]`` for each layer and a block of patches. Both networks run in eval mode, and only as far as the last of the
+    layers. A layer that runs several times in one pass has the moments of all its calls together.
 
     Args:
         original: the network to be imitated.
-        converted: the network so far; may be the original itself.
+        converted: the network as converted so far; it may be the original itself.
         names: group-to-group layers, in the order in which they run.
         images: ``[N, C, H, W]``.
-        seed: of the choice of patches where a layer has more than ``patches``.
-        patches: how many to look at, about; fewer where a patch has more than some 1,000 entries.
+        seed: of the choice of patches, if a layer has more than ``patches``.
+        patches: about how many to look at; fewer if a patch has more than some 1,000 entries.
     """
     like = next(original.parameters())
     sums = {name: _Sums(original.get_submodule(name), like.device) for name in names}  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    size, calls = _batch_size(original, names, images, _BATCH)
     with evaluating(original), evaluating(converted), torch.no_grad():
-        for batch in images.split(_batch_size(original, names, images, _BATCH)):
+        for batch in images.split(size):
             batch = batch.to(like)
-            _run_with_hooks(converted, names, inputs, None, batch)
-            _run_with_hooks(original, names, None, outputs, batch)
+            inputs = _maps(converted, names, batch, calls, outputs=False)
+            outputs = _maps(original, names, batch, calls, outputs=True)
             for name, layer in sums.items():
-                share = layer.enough(patches) / (len(images) * outputs[name].shape[-2:].numel())
-                layer.add(inputs.pop(name), outputs.pop(name), share, generator)
+                read, given = inputs.pop(name), outputs.pop(name)
+                share = layer.enough(patches) / (len(images) * sum(y.shape[-2:].numel() for y in given))
+                for x, y in zip(read, given, strict=True):
+                    layer.add(x, y, share, generator)
     return {name: layer.averaged() for name, layer in sums.items()}
 
 
-def _run_with_hooks(
-    model: nn.Module,
-    names: Sequence[str],
-    inputs: dict[str, Tensor] | None,
-    outputs: dict[str, Tensor] | None,
-    batch: Tensor,
-) -> None:
-    """Run as far as the last layer, and keep the inputs or the outputs of all."""
-    hooks = []
-    for name in names:
+def _maps(
+    model: nn.Module, names: Sequence[str], batch: Tensor, calls: int | None = None, *, outputs: bool
+) -> dict[str, list[Tensor]]:
+    """What these layers read, or what they give, call by call; the pass ends after so many calls of them."""
+    name_of = {model.get_submodule(name): name for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            if inputs is not None:
-                inputs[name] = given[0].clone()  # what follows may change it in place
-            if outputs is not None:
-                outputs[name] = output.clone()
-            if name == names[-1]:
-                raise _Reached
+    def keep(call: Call) -> None:
+        maps = call.output if outputs else call.input
+        assert maps is not None
+        found[name_of[call.layer]].append(maps.clone())  # later layers may change it in place
+        if sum(map(len, found.values())) == calls:
+            raise _Complete
 
-        hooks.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
+    before, after = (None, keep) if outputs else (keep, None)
+    with watch_calls(name_of, before=before, after=after), suppress(_Complete):
         model(batch)
-    except _Reached:
-        pass
-    finally:
-        for handle in hooks:
-            handle.remove()
+    return found
 
 
-def _batch_size(model: nn.Module, names: Sequence[str], images: Tensor, most: int) -> int:
-    """How many images to run at a time, so that what these layers read and give stays within ``_KEPT_BYTES``."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    with evaluating(model), torch.no_grad():
-        _run_with_hooks(model, names, inputs, outputs, images[:1].to(next(model.parameters())))
-    each = sum(maps.nbytes for maps in (*inputs.values(), *outputs.values()))
-    return min(most, max(1, _KEPT_BYTES // max(1, each)))
+def _batch_size(model: nn.Module, names: Sequence[str], images: Tensor, most: int) -> tuple[int, int]:
+    """How many images to run at a time, and how often all these layers together are called in a pass.
+
+    The size is such that what the layers read and give stays within ``_KEPT_BYTES``. For that one image runs through
+    the whole network.
+    """
+    sizes: list[int] = []
+
+    def measure(call: Call) -> None:
+        assert call.input is not None
+        sizes.append(call.input.nbytes + call.output.nbytes)
+
+    layers = [model.get_submodule(name) for name in names]
+    with watch_calls(layers, after=measure), evaluating(model), torch.no_grad():
+        model(images[:1].to(next(model.parameters())))
+    return min(most, max(1, _KEPT_BYTES // max(1, sum(sizes)))), len(sizes)
 
 
 def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-    """How much the class scores mind each output channel of some layers: ``[O]`` for each, float64.
+    """How much an error in each output channel of some layers matters to the class scores: ``[O]`` each, float64.
 
-    The mean over images of ``|d scores / d y_o|²``, summed over the group axis and the plane: what an error of variance
-    one in that channel does to the scores, to first order. The square is estimated with one random direction v an
-    image, ``E (v . d scores / d y_o)²``; v has mean zero over the classes, as a common offset changes no prediction.
+    It is the mean over images of ``|d scores / d y_o|²``, summed over the group axis, the plane and the layer's calls:
+    what an error of variance one in that channel does to the scores, to first order. The square is estimated with one
+    random direction v for each image, as ``E (v . d scores / d y_o)²``. The mean of v over the classes is zero, because
+    an offset that all scores have in common changes no prediction.
 
     Args:
         model: the trained network.
@@ -219,42 +223,37 @@ def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, s
         seed: of the directions.
     """
     like = next(model.parameters())
-    size = _batch_size(model, names, images, _GRADIENT_BATCH)
+    size, _ = _batch_size(model, names, images, _GRADIENT_BATCH)
     generator = torch.Generator().manual_seed(seed)
-    outputs: dict[str, Tensor] = {}
+    name_of = {model.get_submodule(name): name for name in names}
+    outputs: list[tuple[str, Tensor]] = []
     total: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
-    hooks = []
-    for name in names:
 
-        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
-            outputs[name] = output
-            return output.clone()  # for what follows, which may change it in place
+    def keep(call: Call) -> Tensor:
+        outputs.append((name_of[call.layer], call.output))
+        return call.output.clone()  # for the layers behind it, which may change it in place
 
-        hooks.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
-        with evaluating(model), torch.enable_grad():
-            for batch in images.split(size):
-                # The images carry the gradient, so that there is one even where all weights are frozen.
-                scores = model(batch.to(like).requires_grad_())
-                direction = torch.randn(scores.shape, generator=generator).to(scores)
-                direction -= direction.mean(1, keepdim=True)
-                gradients = torch.autograd.grad((scores * direction).sum(), [outputs[name] for name in names])
-                for name, gradient in zip(names, gradients, strict=True):
-                    total[name] += gradient.double().square().sum((0, *range(2, gradient.dim())))
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with watch_calls(name_of, after=keep), evaluating(model), torch.enable_grad():
+        for batch in images.split(size):
+            outputs.clear()
+            # The images carry the gradient, so that there is one even if all weights are frozen.
+            scores = model(batch.to(like).requires_grad_())
+            direction = torch.randn(scores.shape, generator=generator).to(scores)
+            direction -= direction.mean(1, keepdim=True)
+            gradients = torch.autograd.grad((scores * direction).sum(), [output for _, output in outputs])
+            for (name, _), gradient in zip(outputs, gradients, strict=True):
+                total[name] += gradient.double().square().sum((0, *range(2, gradient.dim())))
     return {name: torch.as_tensor(weight) / len(images) for name, weight in total.items()}
 
 
 def passes(model: nn.Module, names: Sequence[str], longest: int | None = None) -> list[list[str]]:
-    """Layers in groups of neighbours whose moments fit into memory together, at most ``longest`` in each."""
+    """The layers in groups of neighbours, at most ``longest`` in each, whose moments fit into memory together."""
     groups: list[list[str]] = []
     size = 0
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, (GConv2d, SeparableGConv2d))
-        own = 2 * 8 * layer.fan_in**2  # the sums and, while a layer is finished, their average
+        own = 2 * 8 * layer.fan_in**2  # the sums, and their average when the layer is finished
         if not groups or size + own > _MOMENT_BYTES or len(groups[-1]) == longest:
             groups.append([])
             size = 0

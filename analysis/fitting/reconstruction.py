@@ -1,11 +1,11 @@
-"""Refining fitted layers: not what a convolution gives is to be as before, but what the batch norm and ReLU make of it.
+"""Refining fitted layers, so that not the output of the convolution is as before, but that of the batch norm and ReLU.
 
-The fit of :mod:`analysis.fitting.alternating` is linear, and pays for errors that the ReLU behind the layer would have
-hidden. Here
-each converted layer and the batch norm behind it go on from there by gradient descent, one layer after the other in the
-order in which they run: the input comes from the network converted and refined so far, the target from the original
-one, as in the fit. No labels are used, and nothing but the layer at hand is changed. What is optimised are factors,
-bias and the affine pair, one for each channel, so whatever comes out is equivariant.
+The fit of :mod:`analysis.fitting.alternating` is linear: it also avoids errors that the ReLU behind the layer would
+have hidden. Here each converted layer is trained further together with the batch norm behind it, by gradient descent,
+one layer after the other in the order in which they run. As in the fit, the input comes from the network as converted
+and refined so far, and the target from the original network. No labels are used, and nothing but this layer and its
+batch norm is changed. What is trained are the factors, the bias, and the scale and shift of each channel, so the result
+is equivariant.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.models.networks import Model
+from gconv.nn.capture import Call, capture, watch_calls
 from gconv.nn.modes import evaluating
 
 # Chosen on the validation part of rotmnist-regen, with one network (P4CNN, gc_in at rank 1).
 PASSES = 1
-"""Over the training images, for each layer."""
+"""Passes over the training images, for each layer."""
 _BATCH = 64
 _LEARNING_RATE = 1e-2
 _PROBE = 256
-_LEAST_STEPS = 10  # fewer are not worth it
+_LEAST_STEPS = 10  # fewer steps are not worth it
 _WORK = 2 * 10**13
-"""Multiply-accumulates of all forward passes together; larger networks see fewer images."""
+"""Limit of the multiply-accumulates of all forward passes together; larger networks see fewer images."""
 
 
 def refinement_steps(layers: int, macs: float, images: int) -> int:
-    """How many steps each layer gets.
+    """How many steps each layer is refined for.
 
     Args:
-        layers: that were converted.
+        layers: how many layers were converted.
         macs: multiply-accumulates of an image, of both networks together.
-        images: to learn from.
+        images: how many images there are to learn from.
     """
     seen = min(PASSES * images, _WORK / max(1, layers * macs))
     steps = int(seen) // _BATCH
@@ -48,21 +49,25 @@ def refinement_steps(layers: int, macs: float, images: int) -> int:
 def refine(
     original: nn.Module, converted: nn.Module, names: Sequence[str], images: Tensor, steps: int, *, seed: int = 0
 ) -> None:
-    """Refine converted layers in place; those without a batch norm behind them, and the rest of the network, stay.
+    """Refine converted layers in place.
+
+    Layers without a batch norm behind them stay as they are, as do layers that run several times in one pass, and the
+    rest of the network.
 
     Args:
         original: the network to be imitated.
         converted: the network with fitted layers.
-        names: of these, in the order in which they run.
+        names: of the fitted layers, in the order in which they run.
         images: ``[N, C, H, W]``, without labels.
-        steps: of gradient descent (Adam, its rate falling to zero) on 64 images, for each layer; none without any.
+        steps: of gradient descent for each layer (Adam, with a rate that falls to zero), each on 64 images; 0 for none.
         seed: of the choice of images.
     """
     if not steps:
         return
     generator = torch.Generator().manual_seed(seed)
     like = next(original.parameters())
-    activation = F.relu if isinstance(original, Model) else nn.Identity()  # in other networks we do not know of one
+    # In this package's models a ReLU follows every batch norm. In other networks it is not known what follows.
+    activation = F.relu if isinstance(original, Model) else nn.Identity()
 
     def draw(count: int) -> Tensor:
         return images[torch.randint(len(images), (count,), generator=generator)].to(like)
@@ -76,8 +81,8 @@ def refine(
 
             def error(batch: Tensor, name: str = name, layer: nn.Module = layer, norm: nn.Module = norm) -> Tensor:
                 with torch.no_grad():
-                    wanted = activation(_until(original, norms[name], batch, output=True))
-                    given = _until(converted, name, batch, output=False)
+                    wanted = activation(_output_of(original, norms[name], batch))
+                    given = _input_of(converted, name, batch)
                 return (activation(norm(layer(given))) - wanted).square().sum() / wanted.square().sum()
 
             _descend(nn.ModuleList([layer, norm]), error, draw, steps)
@@ -86,7 +91,7 @@ def refine(
 def _descend(
     parts: nn.ModuleList, error: Callable[[Tensor], Tensor], draw: Callable[[int], Tensor], steps: int
 ) -> None:
-    """Adam on an error of (layer, batch norm); all is undone unless the error of some other images fell."""
+    """Adam on an error of (layer, batch norm). Unless the error on some other images fell, everything is undone."""
     norm = parts[1]
     parameters = list(parts.parameters())
     trainable = [parameter.requires_grad for parameter in parameters]
@@ -95,7 +100,7 @@ def _descend(
     with torch.no_grad():
         start = error(probe)
     optimizer = torch.optim.Adam(parts.requires_grad_(True).parameters(), lr=_LEARNING_RATE)
-    norm.train()  # its statistics are to be those of the layer as it is then
+    norm.train()  # its statistics follow the layer
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
         with torch.enable_grad():
@@ -105,58 +110,43 @@ def _descend(
         optimizer.step()
     parts.eval()
     with torch.no_grad():
-        if not error(probe) < start:  # also where there was nothing to imitate, and the error is not a number
+        if not error(probe) < start:  # or if there is nothing to imitate, and the error is not a number
             parts.load_state_dict(before)
     for parameter, was in zip(parameters, trainable, strict=True):
         parameter.grad = None
         parameter.requires_grad_(was)
 
 
-class _Reached(Exception):
-    """What was looked for has been found; the rest of the network need not run."""
-
-
-def _until(model: nn.Module, name: str, batch: Tensor, *, output: bool) -> Tensor:
-    """The input or the output of a module, without running what comes after it."""
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, given: tuple[Tensor, ...], *out: Tensor) -> None:
-        kept.append((out[0] if output else given[0]).clone())  # what follows may change it in place
-        raise _Reached
-
-    module = model.get_submodule(name)
-    handle = module.register_forward_hook(keep) if output else module.register_forward_pre_hook(keep)
-    try:
+def _input_of(model: nn.Module, name: str, batch: Tensor) -> Tensor:
+    with capture(model, inputs=[name], stop=True) as seen:
         model(batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return kept[0]
+    return seen.inputs[name]
+
+
+def _output_of(model: nn.Module, name: str, batch: Tensor) -> Tensor:
+    with capture(model, outputs=[name], stop=True) as seen:
+        model(batch)
+    return seen.outputs[name]
 
 
 def _norms_behind(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, str]:
-    """For each of these layers the batch norm that reads what it gives, where there is one, by name."""
-    outputs: dict[str, Tensor] = {}  # kept alive, so that no other tensor is mistaken for one of them
+    """For each of these layers the name of the batch norm that reads its output.
+
+    Layers without one, and layers that run several times, are left out.
+    """
+    name_of = {module: name for name, module in model.named_modules()}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}  # kept, so that no tensor is taken for another
     found: dict[str, str] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if name in names:
 
-            def keep(module: nn.Module, given: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
-                outputs[name] = out
+    def keep(call: Call) -> None:
+        outputs[name_of[call.layer]].append(call.output)
 
-            hooks.append(module.register_forward_hook(keep))
-        elif isinstance(module, _BatchNorm):
+    def look(call: Call) -> None:
+        behind = (name for name, given in outputs.items() if any(out is call.input for out in given))
+        found.update(dict.fromkeys(behind, name_of[call.layer]))
 
-            def look(module: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
-                found.update({layer: name for layer, out in outputs.items() if out is given[0]})
-
-            hooks.append(module.register_forward_pre_hook(look))
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found
+    layers = [model.get_submodule(name) for name in names]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    with watch_calls(layers, after=keep), watch_calls(norms, before=look), torch.no_grad():
+        model(image)
+    return {name: norm for name, norm in found.items() if len(outputs[name]) == 1}

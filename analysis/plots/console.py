@@ -30,8 +30,8 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
         names = ", ".join(layer.name for layer in report.layers if layer.form is None and layer.why == reason)
         console.print(f"unchanged: {names} ({reason})")
     console.print(
-        f"[bold]whole network[/]  parameters {_change(*report.parameters)}, "
-        f"MACs published {_change(*report.macs_published)}, as executed {_change(*report.macs_executed)}"
+        f"[bold]whole network[/]  parameters {change(*report.parameters)}, "
+        f"MACs published {change(*report.macs_published)}, as executed {change(*report.macs_executed)}"
     )
     first, second = report.equivariance_error
     console.print(f"equivariance error in float64 {first:.1e} → {second:.1e}")
@@ -87,7 +87,7 @@ def _layer_table(report: ConversionReport) -> Table:
 def _cells(layer: LayerReport) -> list[str]:
     energies = [" ".join(map(_share, layer.explained_energy[form][:_SHOWN_RANKS])) for form in MEASURED_FORMS]
     choice = f"{layer.form} rank {layer.rank}" if layer.form else "unchanged"
-    sizes = [" → ".join(_short(count, 3) for count in pair) for pair in (layer.parameters, layer.macs_executed)]
+    sizes = [" → ".join(short_count(count, 3) for count in pair) for pair in (layer.parameters, layer.macs_executed)]
     return [layer.name, f"{layer.group} {'x'.join(map(str, layer.shape))}", *energies, choice, *sizes]
 
 
@@ -96,11 +96,11 @@ def _share(kept: float) -> str:
     return "1.0" if kept >= 0.995 else f"{kept:.2f}"[1:]
 
 
-def _change(before: int, after: int) -> str:
-    return f"{_short(before)} → {_short(after)} ({after / before:.0%})"
+def change(before: int, after: int) -> str:
+    return f"{short_count(before)} → {short_count(after)} ({after / before:.0%})"
 
 
-def _short(count: int, digits: int = 4) -> str:
+def short_count(count: int, digits: int = 4) -> str:
     """At most so many significant digits and a unit: 24.81k, 11.67M."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:

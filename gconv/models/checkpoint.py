@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv.nn.conv import GConv2d
+from gconv.nn.replace import replace_module
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 from gconv.system.files import atomic_path
@@ -311,4 +312,4 @@ def apply_choices(model: nn.Module, choices: dict[str, dict[str, Any]]) -> None:
         full = layer.to_dense() if isinstance(layer, SeparableGConv2d) else layer
         with torch.random.fork_rng(devices=[]):
             new = full if choice["form"] is None else SeparableGConv2d.like(full, **choice)
-        model.set_submodule(name, new)
+        replace_module(model, layer, new)

@@ -320,7 +320,7 @@ def test_the_file_runs_with_the_macs_that_are_allowed(value):
 def test_the_time_that_is_allowed_is_kept_or_the_nearest_is_named():
     path = small()
     message = (
-        "latency of at most 0.5ms is out of reach with form auto; accepted: at least 1.000ms, or 1.0000 of the network"
+        "latency of at most 0.5ms is out of reach with form auto. Give at least 1.000ms, or 1.0000 of the network."
     )
     assert refused(path, "--latency", "0.5") == refused(path, "--latency", "0.5ms") == message
     document = report_of(run(path, "--latency", "1ms", "--json"))
@@ -345,8 +345,8 @@ def test_the_file_drops_no_more_than_is_allowed(few, allowed):
 def test_a_drop_cannot_be_read_off_images_that_the_network_was_trained_on(few):
     path = small(record={"trained_on": "train and validation"})
     assert refused(path, "--max-drop", 1, "--data", "rotdigits") == (
-        "--max-drop: the network was trained on the validation images too, so nothing can be read off them; "
-        "accepted: a network trained without --all-data"
+        "--max-drop: the network was trained on the validation images too, so they tell nothing about a drop. "
+        "Give a network that was trained without --all-data."
     )
 
 
@@ -413,11 +413,11 @@ def test_the_measurements_in_a_report_are_not_made_again(few, counted):
     for arguments, message in (
         (
             ["other.pt", "--form", "gc"],
-            "sensitivity was measured on another network; accepted: that of a report on this one",
+            "sensitivity was measured on another network. Give that of a report on this one.",
         ),
         (
             [command[0], "--form", "g"],
-            "sensitivity was measured for form gc and not g; accepted: that of a report with form auto",
+            "sensitivity was measured for form gc, not for g. Give that of a report with form auto.",
         ),
     ):
         assert refused(*arguments, "--params", "0.6", "--sensitivity", "a/report.json", "--out", "c") == message
@@ -426,14 +426,14 @@ def test_the_measurements_in_a_report_are_not_made_again(few, counted):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "old.json is not a report; accepted: a report.json of this command"),
-        ("[1]", "old.json is not a report; accepted: a report.json of this command"),
+        ("{", "old.json is not a report. Give a report.json of this command."),
+        ("[1]", "old.json is not a report. Give a report.json of this command."),
         (
             '{"sensitivity": null}',
-            "old.json has no measurements; accepted: the report of --params, --macs, --latency, --max-drop",
+            "old.json has no measurements. Give the report of --params, --macs, --latency or --max-drop.",
         ),
-        ('{"sensitivity": 5}', "sensitivity is not a table of this package; accepted: that of an earlier report"),
-        (b"\xff\xfe", "old.json is not a report; accepted: a report.json of this command"),
+        ('{"sensitivity": 5}', "sensitivity is not a table of this package. Give that of an earlier report."),
+        (b"\xff\xfe", "old.json is not a report. Give a report.json of this command."),
     ],
     ids=str,
 )
@@ -515,7 +515,7 @@ def test_a_fine_tuning_is_continued_as_it_began_or_not_at_all(few):
     ("write", "message"),
     [
         (lambda path: path.write_text("hello"), "is damaged or cut off, or it is no file of tensors"),
-        (lambda path: torch.save([1], path), "holds no interrupted fine-tuning; accepted: the call without --resume"),
+        (lambda path: torch.save([1], path), "holds no interrupted fine-tuning. Give the command without --resume."),
         (
             lambda path: torch.save({"a": 1}, path),
             "the state of the interrupted fine-tuning is inconsistent: 'original'",
@@ -609,71 +609,70 @@ def test_the_bomb_is_a_real_one():
 
 
 def test_a_network_without_group_layers():
-    message = "no group-to-group layer to separate; accepted: a p2 to p4m network"
+    message = "no group-to-group layer to separate. Give one with gconv.GConv2d layers"
     assert message in refused(small(name="z2cnn"))
 
 
 ABOVE_1 = "or a whole number above 1"
 A_TIME = "or a time such as 3.5ms"
-POINTS = "accepted: points of accuracy above 0 and below 100, such as 0.5"
+POINTS = "Give points of accuracy above 0 and below 100, such as 0.5."
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         *[(f"--rank {no}", f"argument --rank: '{no}' is not a whole number of at least 1") for no in (0, -1, "a", 1.5)],
-        ("--rank 99", "rank 99 is above the largest of form auto here; accepted: 1 to 8"),
-        ("--rank 99 --form g", "rank 99 is above the largest of form g here; accepted: 1 to 4"),
-        ("--energy 0", "--energy is 0; accepted: a share above 0 and up to 1"),
+        ("--rank 99", "rank 99 is above the largest that form auto has here; accepted: 1 to 8"),
+        ("--rank 99 --form g", "rank 99 is above the largest that form g has here; accepted: 1 to 4"),
+        ("--energy 0", "--energy is 0. Give a share above 0 and up to 1"),
         *[(f"--energy {no}", f"argument --energy: '{no}' is not a number from 0 to 1") for no in (-1, "a", 1.5, 99)],
         ("--energy nan", "argument --energy: 'nan' is not a number from 0 to 1"),
         ("--rank 1 --energy 0.5", "argument --energy: not allowed with argument --rank"),
         *[
-            (f"--{kind}={no}", f"{kind} is '{no}'; accepted: a fraction up to 1 of what the network has, {ABOVE_1}")
+            (f"--{kind}={no}", f"{kind} is '{no}'. Give a fraction up to 1 of what the network has, {ABOVE_1}")
             for kind in ("params", "macs")
             for no in ("0", "-3", "1.5", "a", "nan", "inf", "0k", "-2k")
         ],
         *[
-            (f"--latency={no}", f"latency is '{no}'; accepted: a fraction up to 1 of what the network takes, {A_TIME}")
+            (f"--latency={no}", f"latency is '{no}'. Give a fraction up to 1 of what the network takes, {A_TIME}")
             for no in ("0", "-1", "1.5", "3s", "ms", "-2ms", "nan")
         ],
         *[
-            (f"--max-drop {no} --data rotdigits", f"max_drop is '{no}'; {POINTS}")
+            (f"--max-drop {no} --data rotdigits", f"max_drop is '{no}'. {POINTS}")
             for no in ("0", "-1", "100", "a", "nan")
         ],
-        ("--max-drop 1", "--max-drop needs validation images; accepted: --data NAME with it"),
+        ("--max-drop 1", "--max-drop needs validation images. Give --data NAME with it."),
         *[
             (f"--params 0.5 {other}", f"argument {other.split()[0]}: not allowed with argument --params")
             for other in ("--rank 1", "--energy 0.5", "--macs 0.5", "--latency 0.5", "--max-drop 1")
         ],
         (
             "--params 10",
-            "params of at most 10 is out of reach with form auto; accepted: at least 308, or 0.2890 of the network",
+            "params of at most 10 is out of reach with form auto. Give at least 308, or 0.2890 of the network.",
         ),
         (
             "--form gc --macs 0.001",
-            "macs of at most 505.888 is out of reach with form gc; "
-            "accepted: at least 172,000, or 0.3400 of the network",
+            "macs of at most 505.888 is out of reach with form gc. Give at least 172,000, or 0.3400 of the network.",
         ),
         (
             "--allocation fair",
             "unknown allocation 'fair'; accepted: auto, uniform, energy, minmax, lagrangian, greedy, dynamic",
         ),
         ("--minimise all", "unknown minimise 'all'; accepted: auto, weights, outputs"),
-        ("--minimise outputs", "minimise outputs needs training images; accepted: data"),
+        ("--minimise outputs", "minimise='outputs' needs training images. Give them as data."),
         ("--execution fast", "unknown execution 'fast'; accepted: auto, dense, factorized, irrep"),
         ("--distill all", "unknown target of distillation 'all'; accepted: scores, layers"),
-        ("--resume", "--resume continues fine-tuning; accepted: the options of the interrupted call, as they were"),
+        ("--resume", "--resume continues fine-tuning. Give the options of the interrupted command as they were."),
         (
             "--resume --finetune 1 --data rotdigits",
-            "small-converted/finetuning.pt does not exist, there is nothing to resume; "
-            "accepted: the call without --resume",
+            "small-converted/finetuning.pt does not exist, so there is nothing to resume. "
+            "Give the command without --resume.",
         ),
         ("--sensitivity none.json", "cannot read none.json: No such file or directory"),
         ("--form cg", "unknown form 'cg'; accepted: auto, g, gc, gc_in, g_turned, gc_turned"),
         ("--data mnist", "unknown data set 'mnist'; accepted: rotdigits, rotmnist-regen, rotmnist"),
         ("--device tpu", "unknown device 'tpu'; accepted: auto, cpu, cuda"),
-        ("--finetune 3", "--finetune needs training images; accepted: --data NAME with it"),
+        ("--finetune 3", "--finetune needs training images. Give --data NAME with it."),
         ("--finetune -3 --data rotdigits", "argument --finetune: '-3' is not a whole number of at least 0"),
         ("--seed x", "argument --seed: 'x' is not a whole number of at least 0"),
         ("--ranks 1", "unrecognized arguments: --ranks 1"),

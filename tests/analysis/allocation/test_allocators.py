@@ -133,7 +133,7 @@ def test_whole_numbers_are_exact(cost):
     layers = ((as_it_is(10**13), an_option(**{cost: 10**12 + 1})),)
     assert allocate(Problem(layers, cost, 10**13))[0] == [0]
     assert allocate(Problem(layers, cost, 10**13 - 1))[0] == allocate(Problem(layers, cost, 10**12 + 1))[0] == [1]
-    with pytest.raises(InputError, match=r"accepted: at least 1,000,000,000,001$"):
+    with pytest.raises(InputError, match=r"Give at least 1,000,000,000,001\.$"):
         allocate(Problem(layers, cost, 10**12))
 
 
@@ -379,7 +379,7 @@ def test_a_limit_out_of_reach_names_the_nearest(name, problem):
     for attempt in (ALLOCATORS[name], lambda p: allocate(p, name), allocate):
         with pytest.raises(InputError) as refused:
             attempt(problem)
-        message = re.fullmatch(r"a limit of (\S+) (\w+) is out of reach; accepted: at least (\S+)", str(refused.value))
+        message = re.fullmatch(r"a limit of (\S+) (\w+) is out of reach\. Give at least (\S+)\.", str(refused.value))
         given, cost, accepted = message.groups()
         assert (float(given), cost, float(accepted)) == (problem.limit, problem.cost, nearest)
         attempt(replace(problem, limit=float(accepted)))
@@ -389,7 +389,7 @@ def test_the_nearest_time_is_named_such_that_it_is_accepted():
     problem = Problem(
         ((as_it_is(), an_option(milliseconds=1 / 3)), (as_it_is(), an_option(milliseconds=1))), "milliseconds", 1.0
     )
-    with pytest.raises(InputError, match=r"accepted: at least 1\.3334$"):
+    with pytest.raises(InputError, match=r"Give at least 1\.3334\.$"):
         allocate(problem)
     assert allocate(replace(problem, limit=1.3334))[0] == [1, 1]
 
@@ -414,7 +414,7 @@ def test_an_unknown_cost_is_refused():
 @pytest.mark.parametrize("name", ["energy", "error", "relative_error", "milliseconds"])
 def test_an_option_without_a_finite_number_is_refused(name, value):
     layers = ((as_it_is(), an_option(**{name: value})),)
-    with pytest.raises(InputError, match=f"^the {name} of an option is {value}; accepted: a finite number$"):
+    with pytest.raises(InputError, match=rf"^the {name} of an option is {value}\. Give a finite number\.$"):
         Problem(layers, "milliseconds", 1)
 
 

@@ -31,7 +31,7 @@ fractions = st.floats(0, 1, exclude_min=True)
 def refused(kind, value):
     with pytest.raises(InputError) as error:
         Budget.of(**{kind: value})
-    assert str(error.value) == f"{kind} is {value!r}; accepted: {ACCEPTED[kind]}"
+    assert str(error.value) == f"{kind} is {value!r}. Give {ACCEPTED[kind]}."
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -56,8 +56,8 @@ def test_several_budgets_are_refused():
     with pytest.raises(InputError) as error:
         Budget.of(rank=2, energy=None, params="9k", latency=0.5)
     assert str(error.value) == (
-        "several budgets are given: rank 2, params 9k, latency 0.5; "
-        "accepted: one of rank, energy, params, macs, latency, max_drop"
+        "several budgets are given: rank 2, params 9k, latency 0.5. "
+        "Give one of rank, energy, params, macs, latency, max_drop."
     )
     # Also where one of them would not be accepted, or is zero.
     for pair in ({"rank": 0, "energy": 0}, {"params": 0.0, "max_drop": 1}):

@@ -93,20 +93,20 @@ def test_a_budget_is_a_rank_or_a_share_of_energy(budget):
 def test_a_budget_is_one_thing_and_by_default_95_percent_of_the_energy():
     assert Budget.of() == Budget.of(rank=None, energy=0.95)
     with pytest.raises(
-        InputError, match=r"^several budgets are given: rank 1, energy 0\.5; accepted: one of rank, energy, "
+        InputError, match=r"^several budgets are given: rank 1, energy 0\.5. Give one of rank, energy, "
     ):
         Budget.of(rank=1, energy=0.5)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, 2.0, "2", True, math.nan])
 def test_a_wrong_rank_is_refused(rank):
-    with pytest.raises(InputError, match=r"^rank is .*; accepted: a whole number of at least 1$"):
+    with pytest.raises(InputError, match=r"^rank is .*\. Give a whole number of at least 1\.$"):
         Budget.of(rank=rank)
 
 
 @pytest.mark.parametrize("energy", [0, -0.1, 1.0001, 95, math.nan, math.inf, "0.9"])
 def test_a_wrong_energy_is_refused(energy):
-    with pytest.raises(InputError, match=r"^energy is .*; accepted: a share above 0 and up to 1"):
+    with pytest.raises(InputError, match=r"^energy is .*. Give a share above 0 and up to 1"):
         Budget.of(energy=energy)
 
 

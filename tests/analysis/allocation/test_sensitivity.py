@@ -12,8 +12,8 @@ from torch import nn
 
 from analysis.allocation import sensitivity
 from analysis.allocation.allocators import Option
-from analysis.allocation.sensitivity import fingerprint, from_table, measure_options, to_table
-from analysis.fitting.alternating import fit
+from analysis.allocation.sensitivity import OF_OUTPUTS, OF_SCORES, fingerprint, from_table, measure_options, to_table
+from analysis.fitting.alternating import fit_factors
 from analysis.fitting.moments import channel_weights, collect_moments
 from gconv import (
     FORMS,
@@ -24,6 +24,7 @@ from gconv import (
     LiftingConv2d,
     SeparableGConv2d,
     SpatialMeanPool2d,
+    cost,
 )
 from gconv.training.datasets import Split
 
@@ -95,7 +96,7 @@ def replaced_by_hand(model, name, row, images, seed):
     layer = model.get_submodule(name)
     moments = collect_moments(model, model, [name], images, seed=seed)[name]
     weights = channel_weights(model, ["3", "6"], images, seed=seed)[name]
-    fitted = fit(layer, FORMS[row.form], row.rank, moments, weights=weights, steps=STEPS)
+    fitted = fit_factors(layer, FORMS[row.form], row.rank, moments, weights=weights, steps=STEPS)
     replaced = copy.deepcopy(model)
     made = SeparableGConv2d.from_factors(layer, row.form, fitted.mix, fitted.spatial, fitted.bias)
     replaced[int(name)] = made
@@ -125,7 +126,7 @@ def test_every_option_is_measured_as_if_it_alone_were_chosen(on, seed, own_probe
     model, data = network(on), split(30)
     probes = split(20) if own_probes else None
     options = options_of(model)
-    measured = measure_options(model, options, data, probes, seed)
+    measured = measure_options(model, options, data, probes, seed).options
     assert list(measured) == ["3", "6"]
     images = in_order_of(data.images, seed)
     judged = probes if own_probes else data
@@ -164,7 +165,9 @@ def test_an_option_that_loses_on_every_count_is_left_out():
     twin = option(layer, "gc", 3, "factorized")  # no better and no worse
     larger = option(layer, "gc", 4, parameters=good.parameters + 1)
     exact = option(layer, "g", FORMS["g"].max_rank(layer.filter_shape), parameters=10**6, macs=10**6)
-    measured = measure_options(model, {"3": (as_it_is(layer), good, worse, twin, larger, exact)}, data, None, 0)["3"]
+    measured = measure_options(
+        model, {"3": (as_it_is(layer), good, worse, twin, larger, exact)}, data, None, 0
+    ).options["3"]
     assert [(row.form, row.rank, row.execution) for row in measured] == [
         (None, None, None),
         ("gc", 3, "dense"),
@@ -178,7 +181,7 @@ def test_the_layer_as_it_is_stays_an_option_whatever_else_there_is():
     layer = model[3]
     nn.init.zeros_(layer.weight)  # so that nothing is lost by any other
     options = {"3": (as_it_is(layer), option(layer, "gc", 1), option(layer, "gc", 2))}
-    measured = measure_options(model, options, data, None, 0)["3"]
+    measured = measure_options(model, options, data, None, 0).options["3"]
     assert [row.rank for row in measured] == [None, 1]
     assert measured[0] == options["3"][0]
     assert measured[1].relative_error == 0
@@ -188,17 +191,28 @@ def test_an_exact_option_costs_nothing():
     model, data = network(), split(20)
     layer = model[6]
     exact = option(layer, "gc", FORMS["gc"].max_rank(layer.filter_shape))
-    row = measure_options(model, {"6": (as_it_is(layer), exact)}, data, split(20), 0)["6"][1]
+    row = measure_options(model, {"6": (as_it_is(layer), exact)}, data, split(20), 0).options["6"][1]
     assert row.relative_error < 1e-6
     assert 0 <= row.error < 1e-10
     assert row.drop == 0
 
 
-def test_where_classifying_takes_too_long_the_layers_own_errors_have_to_do(monkeypatch):
-    monkeypatch.setattr(sensitivity, "_SECONDS", -1.0)
-    model = network()
-    measured = measure_options(model, options_of(model), split(20), split(10), 0)
-    for row in (row for rows in measured.values() for row in rows[1:]):
+def test_work_and_not_time_decides_whether_every_option_classifies(monkeypatch):
+    """Else a slow machine, or a busy one, would compare options by another error than a fast one."""
+    model, data, probes = network(), split(20), split(10)
+    options = options_of(model)
+    whole = measure_options(model, options, data, probes, 0)
+    count = sum(len(rows) - 1 for rows in whole.options.values())
+    work = 10 * count * cost(model, (1, 6, 6)).macs_published
+    seconds = iter(range(0, 10**9, 10**4))  # as if nearly three hours passed between any two looks at the clock
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(sensitivity, "SCORE_WORK", work)
+    assert measure_options(model, options, data, probes, 0) == whole
+    assert whole.compared_by == OF_SCORES
+    monkeypatch.setattr(sensitivity, "SCORE_WORK", work - 1)
+    measured = measure_options(model, options, data, probes, 0)
+    assert measured.compared_by == OF_OUTPUTS
+    for row in (row for rows in measured.options.values() for row in rows[1:]):
         assert row.relative_error > 0
         assert row.error == row.relative_error**2
         assert row.drop is None
@@ -207,9 +221,9 @@ def test_where_classifying_takes_too_long_the_layers_own_errors_have_to_do(monke
 def test_layers_without_options_are_passed_on(monkeypatch):
     model = network()
     alone = {"3": (as_it_is(model[3]),)}
-    assert measure_options(model, alone, split(5), split(5), 0) == alone
+    assert measure_options(model, alone, split(5), split(5), 0).options == alone
     options = {"3": (as_it_is(model[3]),), "6": options_of(model)["6"]}
-    measured = measure_options(model, options, split(9), None, 0)
+    measured = measure_options(model, options, split(9), None, 0).options
     assert list(measured) == ["3", "6"]
     assert measured["3"] == options["3"]
     assert len(measured["6"]) > 1
@@ -272,7 +286,7 @@ def test_a_table_survives_a_file(options):
 
 def test_a_measured_table_survives_a_file():
     model = network()
-    measured = measure_options(model, options_of(model), split(10), split(10), 0)
+    measured = measure_options(model, options_of(model), split(10), split(10), 0).options
     kept = json.loads(json.dumps(to_table(model, measured), allow_nan=False))
     assert from_table(model, kept) == measured
     assert from_table(copy.deepcopy(model).train(), kept) == measured
@@ -284,7 +298,7 @@ def test_the_table_of_another_network_is_refused():
     assert from_table(model, table) == options_of(model)
     with pytest.raises(InputError) as error:
         from_table(other, table)
-    message = "sensitivity was measured on another network; accepted: that of a report on this one"
+    message = "sensitivity was measured on another network. Give that of a report on this one."
     assert str(error.value) == message
 
 
@@ -319,7 +333,7 @@ ROW = GOOD["layers"]["a"][0]
 def test_what_is_no_table_is_refused(table):
     with pytest.raises(InputError) as error:
         from_table(MODEL, table)
-    assert str(error.value) == "sensitivity is not a table of this package; accepted: that of an earlier report"
+    assert str(error.value) == "sensitivity is not a table of this package. Give that of an earlier report."
 
 
 # --- the fingerprint

@@ -14,26 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis import convert, to_dense
+from analysis import Distillation, Finetuning, convert, to_dense
 from analysis.allocation.allocators import ALLOCATORS
 from analysis.allocation.sensitivity import fingerprint
-from analysis.conversion import (
-    autotune as timing,
-)
-from analysis.conversion import (
-    builder as building,
-)
-from analysis.conversion import (
-    convert as conversion,
-)
-from analysis.conversion import (
-    planner as planning,
-)
-from analysis.conversion import (
-    report,
-)
+from analysis.conversion import autotune as timing
+from analysis.conversion import builder as building
+from analysis.conversion import job, report
+from analysis.conversion import planner as planning
 from analysis.fitting.bn_recalibration import reestimate_batchnorm
-from analysis.fitting.distillation import Distillation
 from analysis.latency import isolated as fresh
 from analysis.latency import timing as execution
 from gconv import (
@@ -439,17 +427,17 @@ def test_to_dense_is_the_same_function(under, form):
     [
         (
             {"rank": 1, "energy": 0.9},
-            "^several budgets are given: rank 1, energy 0.9; accepted: one of rank, energy, params, macs, latency",
+            "^several budgets are given: rank 1, energy 0.9. Give one of rank, energy, params, macs, latency",
         ),
-        ({"macs": 0.5, "params": 0.5, "max_drop": 1}, "several budgets are given: params 0.5, macs 0.5, max_drop 1; "),
-        ({"rank": 0}, "rank is 0; accepted: a whole number of at least 1"),
-        ({"rank": 9}, "rank 9 is above the largest of form g here; accepted: 1 to 4"),
-        ({"energy": 0.0}, "energy is 0.0; accepted: a share above 0 and up to 1"),
-        ({"energy": 1.5}, "energy is 1.5; accepted: a share above 0 and up to 1"),
+        ({"macs": 0.5, "params": 0.5, "max_drop": 1}, "several budgets are given: params 0.5, macs 0.5, max_drop 1. "),
+        ({"rank": 0}, "rank is 0. Give a whole number of at least 1"),
+        ({"rank": 9}, "rank 9 is above the largest that form g has here; accepted: 1 to 4"),
+        ({"energy": 0.0}, "energy is 0.0. Give a share above 0 and up to 1"),
+        ({"energy": 1.5}, "energy is 1.5. Give a share above 0 and up to 1"),
         *[
             (
                 {kind: value},
-                rf"^{kind} is {re.escape(repr(value))}; accepted: a fraction up to 1 of what the network has, ",
+                rf"^{kind} is {re.escape(repr(value))}. Give a fraction up to 1 of what the network has, ",
             )
             for kind in ("params", "macs")
             for value in (0, -1, -0.5, 1.5, "a", "", True, math.nan, math.inf, "0k", "nan")
@@ -457,19 +445,19 @@ def test_to_dense_is_the_same_function(under, form):
         *[
             (
                 {"latency": value},
-                rf"^latency is {re.escape(repr(value))}; accepted: a fraction up to 1 of what the network ta",
+                rf"^latency is {re.escape(repr(value))}. Give a fraction up to 1 of what the network ta",
             )
             for value in (0, -1, 1.5, "ms", "-1ms", "0ms", "2s", math.nan, False)
         ],
         *[
             (
                 {"max_drop": value},
-                rf"^max_drop is {re.escape(repr(value))}; accepted: points of accuracy above 0 and below 1",
+                rf"^max_drop is {re.escape(repr(value))}. Give points of accuracy above 0 and below 1",
             )
             for value in (0, -1, 100, "a", math.nan)
         ],
-        ({"max_drop": 1}, "^max_drop needs training and validation images; accepted: data and validation$"),
-        ({"minimise": "outputs"}, "^minimise outputs needs training images; accepted: data$"),
+        ({"max_drop": 1}, r"^max_drop needs training and validation images\. Give them as data and validation\.$"),
+        ({"minimise": "outputs"}, r"^minimise='outputs' needs training images\. Give them as data\.$"),
         ({"minimise": "scores"}, "^unknown minimise 'scores'; accepted: auto, weights, outputs$"),
         ({"execution": "sparse"}, "^unknown execution 'sparse'; accepted: auto, dense, factorized, irrep$"),
         (
@@ -477,14 +465,14 @@ def test_to_dense_is_the_same_function(under, form):
             "^unknown allocation 'fair'; accepted: auto, uniform, energy, minmax, lagrangian, greedy",
         ),
         ({"form": "h"}, "^unknown form 'h'; accepted: auto, g, gc, gc_in, g_turned, gc_turned$"),
-        ({"sensitivity": {}}, "^sensitivity is not a table of this package; accepted: that of an earlier report$"),
-        ({"finetune": 1}, "fine-tuning needs training images; accepted: data"),
-        ({"finetune": -1}, "finetune is -1; accepted: a whole number of epochs"),
-        ({"finetune": 0.5}, "finetune is 0.5; accepted: a whole number of epochs"),
-        ({"data": []}, "data has no images; accepted: a Split, such as Dataset.train, or a loader of batches"),
-        ({"data": 5}, "data has no images; accepted: a Split, such as Dataset.train, or a loader of batches"),
+        ({"sensitivity": {}}, r"^sensitivity is not a table of this package\. Give that of an earlier report\.$"),
+        ({"finetune": 1}, "fine-tuning needs training images. Give them as data"),
+        ({"finetune": -1}, "finetune is -1. Give a whole number of epochs"),
+        ({"finetune": 0.5}, "finetune is 0.5. Give a whole number of epochs"),
+        ({"data": []}, "data has no images. Give a Split, such as Dataset.train, or a loader of batches"),
+        ({"data": 5}, "data has no images. Give a Split, such as Dataset.train, or a loader of batches"),
         *[
-            ({"data": batches}, "data has batches that are not images of one size with labels; accepted: a Split, such")
+            ({"data": batches}, "data has batches that are not images of one size with labels. Give a Split, such")
             for batches in (
                 [torch.zeros(3, 1, 28, 28)],
                 [(torch.zeros(2, 1, 28, 28),)],
@@ -493,7 +481,7 @@ def test_to_dense_is_the_same_function(under, form):
         ],
         (
             {"test": (torch.zeros(2, 1, 28, 28), torch.zeros(2))},
-            "^test is a tuple; accepted: a Split, such as Dataset.test$",
+            "^test is a tuple. Give a Split, such as Dataset.test.$",
         ),
         ({"input_shape": (3, 28, 28)}, r"does not take an input of shape \[3, 28, 28\]"),
     ],
@@ -505,6 +493,9 @@ def test_wrong_arguments_are_refused(kwargs, message):
     assert "\n" not in str(refusal.value)
 
 
+AS_MANY = "Give at least one image, and a label for each."
+
+
 def whole(*values):
     return torch.tensor(values, dtype=torch.long)
 
@@ -513,27 +504,27 @@ def whole(*values):
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(0, 1, 9, 9), whole(), "has 0 images and 0 labels; accepted: as many, at least one"),
-        (torch.zeros(2, 1, 9, 9), whole(0), "has 2 images and 1 labels; accepted: as many, at least one"),
-        (torch.zeros(2, 3, 9, 9), whole(0, 1), "has images [2, 3, 9, 9]; accepted: [N, 1, 9, 9]"),
-        (torch.zeros(2, 1, 5, 5), whole(0, 1), "has images [2, 1, 5, 5]; accepted: [N, 1, 9, 9]"),
-        (torch.zeros(2, 9, 9), whole(0, 1), "has images [2, 9, 9]; accepted: [N, 1, 9, 9]"),
+        (torch.zeros(0, 1, 9, 9), whole(), f"has 0 images and 0 labels. {AS_MANY}"),
+        (torch.zeros(2, 1, 9, 9), whole(0), f"has 2 images and 1 labels. {AS_MANY}"),
+        (torch.zeros(2, 3, 9, 9), whole(0, 1), "has images of shape [2, 3, 9, 9]; accepted: [N, 1, 9, 9]"),
+        (torch.zeros(2, 1, 5, 5), whole(0, 1), "has images of shape [2, 1, 5, 5]; accepted: [N, 1, 9, 9]"),
+        (torch.zeros(2, 9, 9), whole(0, 1), "has images of shape [2, 9, 9]; accepted: [N, 1, 9, 9]"),
         (torch.zeros(2, 1, 9, 9), whole(0, 4), "has labels from 0 to 4; accepted: 0 to 3"),
         (torch.zeros(2, 1, 9, 9), whole(-1, 0), "has labels from -1 to 0; accepted: 0 to 3"),
         (
             torch.zeros(2, 1, 9, 9),
             torch.zeros(2, 4),
-            "has labels of shape [2, 4] and type torch.float32; accepted: [N] whole numbers, "
-            "the number of each image's class",
+            "has labels of shape [2, 4] and type torch.float32. Give whole numbers of shape [N]: "
+            "the number of each image's class.",
         ),
         (
             torch.zeros(2, 1, 9, 9),
             torch.zeros(2),
-            "has labels of shape [2] and type torch.float32; accepted: [N] whole numbers, "
-            "the number of each image's class",
+            "has labels of shape [2] and type torch.float32. Give whole numbers of shape [N]: "
+            "the number of each image's class.",
         ),
-        (torch.full((2, 1, 9, 9), math.nan), whole(0, 1), "has NaN or infinite pixels; accepted: finite images"),
-        (torch.full((2, 1, 9, 9), math.inf), whole(0, 1), "has NaN or infinite pixels; accepted: finite images"),
+        (torch.full((2, 1, 9, 9), math.nan), whole(0, 1), "has NaN or infinite pixels. Give finite images."),
+        (torch.full((2, 1, 9, 9), math.inf), whole(0, 1), "has NaN or infinite pixels. Give finite images."),
     ],
     ids=str,
 )
@@ -549,7 +540,7 @@ def test_images_that_do_not_fit_the_network_are_refused(name, images, labels, me
     ids=lambda model: type(model).__name__,
 )
 def test_a_network_without_group_layers_is_refused(model):
-    with pytest.raises(InputError, match="no group-to-group layer to separate; accepted: a p2 to p4m network"):
+    with pytest.raises(InputError, match="no group-to-group layer to separate"):
         convert(model)
 
 
@@ -558,13 +549,13 @@ def test_a_network_without_group_layers_is_refused(model):
 def test_weights_that_are_not_finite_are_refused(name, value):
     model = small()
     model.state_dict()[name].view(-1)[-1] = value
-    with pytest.raises(InputError, match="NaN or infinite weights; accepted: finite weights"):
+    with pytest.raises(InputError, match=r"NaN or infinite entries in .*\. Give one with finite weights"):
         convert(model, "g", rank=1)
 
 
 def test_an_image_size_that_nobody_knows_is_asked_for(few):
     model = layers_only("p4")
-    with pytest.raises(InputError, match=r"give input_shape, such as \(1, 28, 28\), or data"):
+    with pytest.raises(InputError, match=r"Give input_shape, such as \(1, 28, 28\), or data"):
         convert(model, "g", rank=1)
     data = Split(few.images, few.labels % 2)
     assert convert(model, "g", rank=1, data=data)[1].macs_executed[0] == cost(model, (1, 28, 28)).macs_executed
@@ -574,8 +565,8 @@ def test_an_image_size_that_nobody_knows_is_asked_for(few):
 
 
 NEAREST = re.compile(
-    r"^(\w+) of at most [\d,.e+]+(?:ms)? is out of reach with form (\w+); "
-    r"accepted: at least ([\d.,]+)(ms)?, or ([\d.]+) of the network$"
+    r"^(\w+) of at most [\d,.e+]+(?:ms)? is out of reach with form (\w+)\. "
+    r"Give at least ([\d.,]+?)(ms)?, or ([\d.]+) of the network\.$"
 )
 fractions = st.floats(0.02, 1)
 any_form = st.sampled_from(["auto", *FORMS])
@@ -663,7 +654,7 @@ def test_what_cannot_be_converted_is_paid_for_first():
     model = layers_only("p4")
     fixed = sum(p.numel() for name, p in model.named_parameters() if name != "2.weight")
     least = min(form.parameters(model[2].filter_shape, 1) for form in FORMS.values())
-    with pytest.raises(InputError, match=rf"accepted: at least {fixed + least}, or"):
+    with pytest.raises(InputError, match=rf"Give at least {fixed + least}, or"):
         convert(model, params=fixed, input_shape=(1, 9, 9))
     after, _ = convert(model, params=fixed + least, input_shape=(1, 9, 9))
     assert sum(p.numel() for p in after.parameters()) == fixed + least
@@ -671,7 +662,7 @@ def test_what_cannot_be_converted_is_paid_for_first():
 
 def test_a_network_whose_layers_cannot_be_separated_has_one_budget():
     model = layers_only("p4", k=1)
-    with pytest.raises(InputError, match=r"accepted: at least \d+, or 1\.0000 of the network$"):
+    with pytest.raises(InputError, match=r"Give at least \d+, or 1\.0000 of the network\.$"):
         convert(model, params=0.9, input_shape=(1, 9, 9))
     after, done = convert(model, rank=1, input_shape=(1, 9, 9))
     assert same(after, model)
@@ -767,7 +758,7 @@ def test_the_limit_is_tightened_until_the_network_as_a_whole_is_within_it(clock)
 def test_a_time_that_the_network_never_reaches_is_refused_with_the_nearest_measured(clock):
     clock.network = lambda model, size: 50 if any(isinstance(m, SeparableGConv2d) for m in model.modules()) else 60
     with pytest.raises(
-        InputError, match=r"^latency of 0\.8 is out of reach here; the nearest that was measured is 0\.833 "
+        InputError, match=r"^latency of 0\.8 is out of reach here\. The nearest that was measured is 0\.833 "
     ):
         convert(tiny(), latency=0.8)
     assert convert(tiny(), latency=0.834)[1].latency["milliseconds"] == [60, 50]
@@ -845,7 +836,7 @@ def test_where_everything_is_allowed_the_smallest_network_of_all_wins(measured):
 
 
 def test_where_every_conversion_loses_more_the_network_stays_as_it_is(measured, monkeypatch):
-    monkeypatch.setattr(building, "fit", lambda *args, **_: zeros(FORMS, *args))
+    monkeypatch.setattr(building, "fit_factors", lambda *args, **_: zeros(FORMS, *args))
     data = pictures()
     after, done = convert(tiny(), "gc", max_drop=0.5, data=data, validation=data, sensitivity=measured)
     assert all(row.form is None for row in done.layers)
@@ -870,7 +861,7 @@ def test_a_network_that_is_left_as_it_is_keeps_its_batch_norm(measured, budget, 
         converted = any(isinstance(layer, SeparableGConv2d) for layer in network.modules())
         return Score(0.0, 100.0 if converted else 0.0, len(split.labels))
 
-    for module in (planning, conversion):
+    for module in (planning, job):
         monkeypatch.setattr(module, "evaluate", score)
     model = copy.deepcopy(tiny())
     with torch.no_grad():
@@ -929,8 +920,9 @@ def test_to_dense_gives_back_the_weights_where_nothing_was_truncated(under, form
 def tuned(model=None, **changes):
     """Three epochs on the tiny network; two steps each."""
     data = pictures()
-    given = {"form": "gc", "rank": 1, "data": data, "test": data, "finetune": 3, "minimise": "weights", **changes}
-    return convert(model or tiny(), **given)
+    training = {name: changes.pop(name) for name in ("distillation", "after_epoch", "resume") if name in changes}
+    given = {"form": "gc", "rank": 1, "data": data, "test": data, "minimise": "weights", **changes}
+    return convert(model or tiny(), **{**given, "finetune": Finetuning(given.pop("finetune", 3), **training)})
 
 
 @pytest.fixture(scope="module")
@@ -1014,7 +1006,7 @@ def test_the_state_of_another_network_is_refused(undisturbed):
 
 def test_a_state_without_fine_tuning_is_refused(undisturbed):
     with pytest.raises(
-        InputError, match=r"^resume continues fine-tuning; accepted: the arguments of the interrupted cal"
+        InputError, match=r"^resume continues fine-tuning\. Give the arguments of the interrupted call as they were"
     ):
         tuned(resume=undisturbed[2][0], finetune=0)
 
@@ -1102,7 +1094,7 @@ def test_measurements_of_another_network_are_refused(measured):
     with torch.no_grad():
         other[2].weight[0] *= 1.01
     with pytest.raises(
-        InputError, match=r"^sensitivity was measured on another network; accepted: that of a report on thi"
+        InputError, match=r"^sensitivity was measured on another network\. Give that of a report on this one"
     ):
         convert(other, "gc", params=0.5, sensitivity=measured)
 
@@ -1111,7 +1103,7 @@ def test_measurements_of_another_network_are_refused(measured):
 def test_measurements_of_another_form_are_refused(measured, form):
     """Or the nearest value that a refusal names would be wrong."""
     with pytest.raises(
-        InputError, match=r"^sensitivity was measured for form gc and not g.*; accepted: that of a report wit"
+        InputError, match=r"^sensitivity was measured for form gc, not for g.*\. Give that of a report with form auto"
     ):
         convert(tiny(), form, params=0.5, sensitivity=measured)
 
@@ -1120,7 +1112,7 @@ def test_errors_of_filters_are_not_taken_for_those_of_outputs():
     table = convert(tiny(), "gc", params=0.5)[1].sensitivity
     assert convert(tiny(), "gc", params=0.6, sensitivity=table)[1].request["minimise"] == "weights"
     with pytest.raises(
-        InputError, match=r"^sensitivity is of the filters alone; accepted: that of a report with minimise "
+        InputError, match=r"^sensitivity is of the filters alone\. Give that of a report with minimise outputs"
     ):
         convert(tiny(), "gc", params=0.6, sensitivity=table, data=pictures())
 
@@ -1128,7 +1120,7 @@ def test_errors_of_filters_are_not_taken_for_those_of_outputs():
 @pytest.mark.parametrize("table", [5, "x", [], {"network": "x"}, {"network": "x", "layers": {"2": [{"rank": 1}]}}])
 def test_what_is_no_table_of_measurements_is_refused(table):
     with pytest.raises(
-        InputError, match=r"^sensitivity is not a table of this package; accepted: that of an earlier report$"
+        InputError, match=r"^sensitivity is not a table of this package\. Give that of an earlier report\.$"
     ):
         convert(tiny(), params=0.5, sensitivity=table)
 

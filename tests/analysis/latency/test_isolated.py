@@ -330,7 +330,7 @@ def test_the_time_in_a_new_process_is_what_decides_and_what_is_reported(monkeypa
         assert set(report.latency.pop("original")) == {20}
         assert report.latency == {"milliseconds": [20.0, 10.0], "process": "new"}
         assert report.request["limit"] == 10
-    with pytest.raises(InputError, match=r"the nearest that was measured is 0\.500 of the network's$"):
+    with pytest.raises(InputError, match=r"The nearest that was measured is 0\.500 of the network's\.$"):
         convert(network(), "gc", latency=0.49)
     assert not here
 

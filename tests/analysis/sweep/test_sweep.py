@@ -28,7 +28,11 @@ from analysis.conversion import convert as conversion
 from analysis.conversion import planner as planning
 from analysis.latency import timing as execution
 from analysis.plots import pareto
-from analysis.sweep import COSTS, ERRORS, FILES, PROG, main, mark_pareto, parser, print_sweep, sweep
+from analysis.sweep import rows as sweeping
+from analysis.sweep.__main__ import PROG, main, parser
+from analysis.sweep.rows import mark_pareto, sweep
+from analysis.sweep.table import print_sweep
+from analysis.sweep.units import COSTS, ERRORS, FILES
 from gconv import (
     GConv2d,
     GroupBatchNorm2d,
@@ -181,7 +185,7 @@ def test_a_budget_out_of_reach_is_a_row_with_the_reason():
     rows = run()
     assert [row["out_of_reach"] is None for row in rows] == [True, True, False, True]
     assert "params of at most" in rows[2]["out_of_reach"]
-    assert "accepted: at least" in rows[2]["out_of_reach"]
+    assert "Give at least" in rows[2]["out_of_reach"]
     assert rows[2]["requested"] == 0.05
     kept = {"requested", "out_of_reach", "seconds", "pareto"}
     assert all(value is None for key, value in rows[2].items() if key not in kept)
@@ -290,8 +294,9 @@ def test_a_killed_sweep_goes_on_and_the_module_is_its_function(tmp_path):
 import os, signal, sys
 import analysis.sweep
 import analysis, gconv
-from analysis import conversion, execution
-execution.medians = lambda runs, **_: ([1.0] * len(runs), 1)
+from analysis.conversion import convert as conversion
+from analysis.latency import timing
+timing.medians = lambda runs, **_: ([1.0] * len(runs), 1)
 real = conversion.convert
 def convert(model, **arguments):
     if arguments["params"] == 0.6:
@@ -339,7 +344,7 @@ def test_a_sweep_is_not_continued_as_another(arguments, said, finished):
     with pytest.raises(InputError) as caught:
         run(**{**SPLITS, **arguments})
     message = str(caught.value)
-    assert message == f"out/sweep.json {said}; accepted: another --out, or --force to replace it"
+    assert message == f"out/sweep.json {said}. Give another --out, or --force to replace it."
     assert contents() == before
 
 
@@ -398,7 +403,7 @@ def test_a_sweep_is_not_continued_with_images_of_another_size():
 def test_a_table_that_is_none_is_refused_and_kept(spoil, finished):
     Path("out/sweep.json").write_text(json.dumps(spoil(finished)))
     before = contents()
-    with pytest.raises(InputError, match=r"^out/sweep.json is not the file of a sweep; accepted: another --out, or"):
+    with pytest.raises(InputError, match=r"^out/sweep.json is not the file of a sweep\. Give another --out, or"):
         run(**SPLITS)
     assert contents() == before
 
@@ -500,13 +505,13 @@ def test_the_figure_shows_the_error_that_rows_are_compared_by(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"budgets": []}, "budgets is []; accepted: a list of at least one"),
-        ({"budgets": "0.5"}, "budgets is '0.5'; accepted: a list of at least one"),
-        ({"budgets": 0.5}, "budgets is 0.5; accepted: a list of at least one"),
-        ({"budgets": [0.5, 0]}, "params is 0; accepted: a fraction up to 1"),
+        ({"budgets": []}, "budgets is []. Give a list of at least one"),
+        ({"budgets": "0.5"}, "budgets is '0.5'. Give a list of at least one"),
+        ({"budgets": 0.5}, "budgets is 0.5. Give a list of at least one"),
+        ({"budgets": [0.5, 0]}, "params is 0. Give a fraction up to 1"),
         ({"unit": "rank"}, "unknown unit 'rank'; accepted: params, macs, latency"),
         ({"form": "cg"}, "unknown form 'cg'"),
-        ({"minimise": "outputs"}, "minimise outputs needs training images"),
+        ({"minimise": "outputs"}, "minimise='outputs' needs training images"),
         ({"model": nn.Linear(2, 2)}, "no group-to-group layer"),
         ({"test": images(3)._replace(labels=torch.tensor([0, 1, 7]))}, "test has labels from 0 to 7"),
     ],
@@ -563,7 +568,7 @@ def test_validation_images_that_the_network_has_seen_are_no_validation(trained_o
         "few", "some", *(Split(torch.rand(n, 1, 28, 28), torch.arange(n)) for n in (4, 5, 6)), "digest"
     )
     monkeypatch.setattr(gconv.training.datasets, "load_dataset", lambda name: data)
-    monkeypatch.setattr(sys.modules["analysis.sweep"], "sweep", lambda *_, **kwargs: given.update(kwargs) or 1 / 0)
+    monkeypatch.setattr(sweeping, "sweep", lambda *_, **kwargs: given.update(kwargs) or 1 / 0)
     save(create_model("p4cnn", width=2), "small.pt", record={"trained_on": trained_on})
     with pytest.raises(ZeroDivisionError):
         command("small.pt", "--data", "few")
@@ -579,12 +584,12 @@ def test_validation_images_that_the_network_has_seen_are_no_validation(trained_o
         ("", "the following arguments are required: CKPT"),
         ("absent.pt", "absent.pt does not exist"),
         ("small.pt --params 0.5 --macs 0.5", "argument --macs: not allowed with argument --params"),
-        ("small.pt --params 0.5,,0.7", "params is ''; accepted: a fraction up to 1"),
-        ("small.pt --params 0.5,x", "params is 'x'; accepted: a fraction up to 1"),
-        ("small.pt --macs 0", "macs is '0'; accepted: a fraction up to 1"),
-        ("small.pt --latency 3.5", "latency is '3.5'; accepted: a fraction up to 1"),
+        ("small.pt --params 0.5,,0.7", "params is ''. Give a fraction up to 1"),
+        ("small.pt --params 0.5,x", "params is 'x'. Give a fraction up to 1"),
+        ("small.pt --macs 0", "macs is '0'. Give a fraction up to 1"),
+        ("small.pt --latency 3.5", "latency is '3.5'. Give a fraction up to 1"),
         ("small.pt --form cg", "unknown form 'cg'"),
-        ("small.pt --minimise outputs", "minimise outputs needs training images"),
+        ("small.pt --minimise outputs", "minimise='outputs' needs training images"),
         ("small.pt --minimise x", "unknown minimise 'x'"),
         ("small.pt --data mnist", "unknown data set 'mnist'"),
         ("small.pt --device tpu", "unknown device 'tpu'"),
@@ -635,7 +640,7 @@ def test_stars_are_where_the_front_is(finished):
 
 def test_help_does_not_wait_for_pytorch():
     code = (
-        "import sys; from analysis.sweep import parser\n"
+        "import sys; from analysis.sweep.__main__ import parser\n"
         "print(parser().format_help(), *{'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules), sep='|', end='|')"
     )
     path = os.pathsep.join(sys.path)
