@@ -72,7 +72,7 @@ def splits_for(name: str | None, source: Checkpoint) -> tuple[Dataset | None, Sp
     channels = data.train.images.shape[1]
     if (spec.in_channels, spec.classes) != (channels, data.classes):
         raise InputError(
-            f"the network takes {spec.in_channels} channels and tells {spec.classes} classes apart; "
+            f"the network takes {spec.in_channels} channels and {spec.classes} classes; "
             f"{data.name} has {channels} and {data.classes}"
         )
     if source.record.get("trained_on") == "train and validation":

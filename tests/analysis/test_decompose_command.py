@@ -613,8 +613,8 @@ def test_a_network_without_group_layers():
     assert message in refused(small(name="z2cnn"))
 
 
-ABOVE_1 = "or a whole number above 1"
-A_TIME = "or a time such as 3.5ms"
+ABOVE_1 = "or a whole number above 1."
+A_TIME = "or a time such as 3.5ms."
 POINTS = "Give points of accuracy above 0 and below 100, such as 0.5."
 
 
@@ -624,7 +624,7 @@ POINTS = "Give points of accuracy above 0 and below 100, such as 0.5."
         *[(f"--rank {no}", f"argument --rank: '{no}' is not a whole number of at least 1") for no in (0, -1, "a", 1.5)],
         ("--rank 99", "rank 99 is above the largest that form auto has here; accepted: 1 to 8"),
         ("--rank 99 --form g", "rank 99 is above the largest that form g has here; accepted: 1 to 4"),
-        ("--energy 0", "--energy is 0. Give a share above 0 and up to 1"),
+        ("--energy 0", "--energy is 0. Give a share above 0 and up to 1."),
         *[(f"--energy {no}", f"argument --energy: '{no}' is not a number from 0 to 1") for no in (-1, "a", 1.5, 99)],
         ("--energy nan", "argument --energy: 'nan' is not a number from 0 to 1"),
         ("--rank 1 --energy 0.5", "argument --energy: not allowed with argument --rank"),
