@@ -11,7 +11,7 @@ from rich.table import Table
 from analysis.conversion.report import ConversionReport, LayerReport
 from analysis.measures.measures import MEASURED_FORMS
 
-# A terminal tells its own width; in a file or a pipe the table must not be folded at 80 columns.
+# A file or a pipe has no width, and the table must not be folded there at 80 columns.
 _WIDTH_ELSEWHERE = 140
 _SHOWN_RANKS = 3
 
@@ -21,7 +21,7 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
 
     Args:
         report: the report.
-        document: the content of ``report.json``, for the name of the data.
+        document: the content of ``report.json``, which has the name of the data.
         file: an open text stream.
     """
     console = Console(file=file, width=None if file.isatty() else _WIDTH_ELSEWHERE, highlight=False)
@@ -53,7 +53,7 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
 
 
 def _print_accuracy(console: Console, report: ConversionReport, data: str) -> None:
-    """The error at every stage on test images and, where the network was not trained on them, on validation images."""
+    """The error at every stage on test images and, if the network was not trained on them, on validation images."""
     validation = report.accuracy.get("validation")
     images = f"{report.accuracy['test_images']:,} images of {data}"
     console.print(f"\n[bold]test error[/] on {images}" + ("; validation error beside it" if validation else ""))
