@@ -197,7 +197,7 @@ def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
 
 def test_the_command_under_torchrun(tmp_path, monkeypatch):
     """The real command: one network, one result, and that of one process that sums up as several do."""
-    monkeypatch.setattr("gconv.nn.batchnorm.library", lambda: None)
+    monkeypatch.setattr("gconv.nn.batchnorm.is_supported", lambda *_: False)
     train = "-m gconv.train rotdigits --model p4cnn --width 1 --epochs 1 --batch-size 300 --weight-decay 0.1"
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train.split()]
     done = subprocess.run(
