@@ -10,11 +10,11 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench install constraints clean
+.PHONY: help demo test kernels sanitize aarch64 wheel check bench install constraints clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [JOBS=4], where TARGET is one of'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain it; results in out/demo
@@ -23,6 +23,23 @@ demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain 
 
 test: $(STAMP) ## run the tests, JOBS at a time
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
+kernels: $(STAMP) ## run the tests of the layers with each version of the compiled kernels, and without
+	for kernel in any avx2 none; do \
+		GCONV_REQUIRE_KERNEL= GCONV_KERNEL=$$kernel OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile \
+			tests/gconv/kernels tests/gconv/nn tests/gconv/functional || exit 1; \
+	done
+
+HARNESS := $(PY) -m tests.gconv.kernels.harness
+
+sanitize: $(STAMP) ## run the compiled kernels on random layers under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(HARNESS) --sanitize --flags=-O1
+
+aarch64: $(STAMP) ## run the compiled kernels on an emulated aarch64; needs gcc-aarch64-linux-gnu and qemu-user
+	$(HARNESS) --compiler 'aarch64-linux-gnu-gcc -static' --emulator qemu-aarch64
+
+wheel: $(STAMP) ## build dist/gconv_separable-*.whl, one file for a platform and all versions of Python
+	GCONV_REQUIRE_KERNEL=1 $(PY) -m pip wheel --disable-pip-version-check -q --no-deps -w dist .
 
 check: $(STAMP) ## lint everything, and check the types of the packages and benchmarks
 	$(PY) -m ruff check .
@@ -56,5 +73,5 @@ constraints: ## replace the pins in constraints.txt by the newest versions that 
 	rm -rf build/pins
 
 clean: ## remove .venv, the caches and out/demo
-	rm -rf $(VENV) build gconv/kernels/_compiled.* out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist gconv/kernels/_compiled.* out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -40,7 +40,7 @@ except ImportError:  # private to PyTorch: without them no layer runs in the ker
 PATH = Path(__file__).with_name("_compiled.so")
 """The library, which ``setup.py`` builds."""
 
-INTERFACE = 2
+INTERFACE = 3
 """The same number as in ``csrc/layer.h``: it changes with the arguments of any function and with the structures."""
 
 INSTRUCTIONS = ("any", "avx2", "avx512")
@@ -52,6 +52,11 @@ MAX_K, MAX_ORDER = 15, 8
 
 PRODUCT_ENTRIES = 12
 """The entries of a row of the table of products in ``csrc/layer.h``."""
+
+
+GRAIN = 1 << 19
+"""Multiply-accumulates that a thread must have to do; with fewer, fewer threads are used. They take about 20
+microseconds, several times what it takes to wake a thread and to wait for it."""
 
 
 class Layer(ctypes.Structure):
@@ -79,7 +84,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {  # by name: the type of the res
     "version_instructions": (c_int, [c_int]),
     "version_lanes": (c_int, [c_int]),
     "supports": (c_int, [c_int]),
-    "use_threads": (None, [c_void_p] * 3),
+    "use_threads": (None, [*[c_void_p] * 3, c_double]),
     "interface": (None, [ctypes.POINTER(c_int)]),
     "sources": (ctypes.c_char_p, []),
 }
@@ -189,12 +194,12 @@ def load(path: Path, chosen: str = "") -> Library:
         here = ", ".join(processor)
         raise InputError(f"GCONV_KERNEL is {chosen}, which this processor does not have; accepted here: {here}, none")
     instructions = INSTRUCTIONS.index(chosen or processor[-1])
-    openmp = _openmp()
-    functions["use_threads"](*(openmp or (None, None, None)))
+    openmp = openmp_functions()
+    functions["use_threads"](*(openmp or (None, None, None)), GRAIN)
     return Library(functions, processor, instructions, openmp is not None)
 
 
-def _openmp() -> list[int | None] | None:
+def openmp_functions() -> list[int | None] | None:
     """The addresses of the OpenMP functions by which the library uses PyTorch's threads; None where there are none."""
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     for place in (str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"), None):

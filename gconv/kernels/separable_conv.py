@@ -113,7 +113,7 @@ class Kernel:
 
     def is_supported(self, x: Tensor) -> bool:
         """Whether it runs on this map, if :func:`gconv.kernels.library.is_supported` holds for the map too."""
-        return len(x) > 0 and _layer_of(self, *x.shape[3:]) is not None and is_group_major(x)
+        return len(x) > 0 and layer_on(self, *x.shape[3:]) is not None and is_group_major(x)
 
     def can_fuse_add(self, residual: Tensor | None, x: Tensor) -> bool:
         """Whether it can add this map to the output for x; true where there is none."""
@@ -124,7 +124,7 @@ class Kernel:
 
     def _layer(self, height: int, width: int) -> Any:
         """The layer on maps of this size, for the compiled functions; :meth:`is_supported` has accepted the size."""
-        layer = _layer_of(self, height, width)
+        layer = layer_on(self, height, width)
         assert layer is not None
         return ctypes.byref(layer)
 
@@ -204,14 +204,27 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kerne
     version = best(group, sizes, in_basis)
     if version is None or not (dilation == 1 and k <= MAX_K and padding < k and s <= MAX_ORDER):
         return None
-    variant, lanes = version
+    return new_kernel(group, sizes, in_basis, biased, *version)
+
+
+def new_kernel(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant: int, lanes: int) -> Kernel | None:
+    """The kernel for layers of a size in a given version; None where its matrices are too large.
+
+    Args:
+        group: the layer's group.
+        sizes: the layer's sizes, with which the kernel can do.
+        in_basis: as of :func:`kernel_of`.
+        biased: likewise.
+        variant: the number of the version.
+        lanes: this version pads channels to a multiple of this number.
+    """
     basis, copies, kinds = basis_for(group, in_basis)
     products, packed, packed_back = _products(sizes, copies, kinds, lanes)
     if max(packed, packed_back) > _MAX_INT:
         return None
     table = torch.tensor(products, dtype=torch.int32)
     flat, basis = torch.cat([kind.flatten() for kind in kinds]).float(), basis.float().contiguous()
-    pixels = torch.tensor(group.pixel_table(k), dtype=torch.int32)
+    pixels = torch.tensor(group.pixel_table(sizes.k), dtype=torch.int32)
     return Kernel(group, sizes, in_basis, biased, variant, lanes, table, flat, basis, pixels, packed, packed_back)
 
 
@@ -242,7 +255,8 @@ def _products(
 
 
 @lru_cache(maxsize=4096)
-def _layer_of(kernel: Kernel, height: int, width: int) -> Layer | None:
+def layer_on(kernel: Kernel, height: int, width: int) -> Layer | None:
+    """A layer on maps of this size, as the compiled functions take it; None where they are too large or too small."""
     sizes = kernel.sizes
     output = sizes.output(height, width)
     pixels = (height + 2 * sizes.k) * (width + 2 * sizes.k)  # more than any map has

@@ -7,7 +7,7 @@
 
 /* The number of the interface: it changes with the arguments of any exported function, with struct layer and with the
  * table of products. gconv/kernels/library.py has the same number. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 /* The mix is a sum of matrix products. A row of `table` describes one of them by these entries: */
 enum {
@@ -74,6 +74,29 @@ static inline int spatial_channels(const struct layer *l)
 static inline size_t spatial_floats(const struct layer *l, int lanes)
 {
     return (size_t)l->rank * l->k * l->k * rounded(spatial_channels(l), lanes);
+}
+
+/* For over_pixels.h: how many values a row of a plane has; the values before its first row, among them the zeros above the
+ * map; and all values of a plane of so many rows: an odd number of cache lines, because caches mistake addresses for each
+ * other that are a large power of two apart. */
+static inline int pitch_of(const struct layer *l) { return larger(l->width, l->out_width); }
+
+static inline int margin_of(const struct layer *l)
+{
+    return rounded(larger(l->k - 1 - l->padding, l->padding) * (pitch_of(l) + 1), SPARE);
+}
+
+static inline int plane_floats(const struct layer *l, int rows)
+{
+    return (margin_of(l) + rounded(rows * pitch_of(l) + 8 + l->k, SPARE)) | SPARE;
+}
+
+/* For over_channels.h: how many rows have their matrix gradients computed together. One by one, short rows would read and
+ * write the sums too often. */
+static inline int batch_of(const struct layer *l)
+{
+    int width = l->spatial_first ? l->out_width : l->width;
+    return width < 64 ? 64 / width : 1;
 }
 
 struct parts parts_of(const struct layer *l, int lanes, const float *packed);

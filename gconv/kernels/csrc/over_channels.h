@@ -3,16 +3,6 @@
 
 #include "vectors.h"
 
-#ifndef GCONV_BATCH_OF
-#define GCONV_BATCH_OF
-/* Rows whose matrix gradients are computed together: one by one, short rows would read and write the sums too often. */
-static inline int batch_of(const struct layer *l)
-{
-    int width = l->spatial_first ? l->out_width : l->width;
-    return width < 64 ? 64 / width : 1;
-}
-#endif
-
 /* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c] */
 INLINE TARGET void NAME(change_of)(const float *change, const int s, const float *x, int ldx, float *y, int ldy, int c,
                                    int positions)

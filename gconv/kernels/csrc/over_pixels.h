@@ -8,21 +8,6 @@
 
 #include "vectors.h"
 
-/* How many values a row of a plane has; the values before its first row, among them the zeros above the map; and all values
- * of a plane of so many rows: an odd number of cache lines, because caches mistake addresses for each other that are a
- * large power of two apart. */
-static inline int pitch_of(const struct layer *l) { return larger(l->width, l->out_width); }
-
-static inline int margin_of(const struct layer *l)
-{
-    return rounded(larger(l->k - 1 - l->padding, l->padding) * (pitch_of(l) + 1), SPARE);
-}
-
-static inline int plane_floats(const struct layer *l, int rows)
-{
-    return (margin_of(l) + rounded(rows * pitch_of(l) + 8 + l->k, SPARE)) | SPARE;
-}
-
 /* The planes of a band, one every plane_floats() values; `at` is where row `top` of the first plane begins. */
 struct NAME(planes) { float *at; int top; };
 

@@ -1,18 +1,17 @@
 #include "workers.h"
 
-/* Multiply-accumulates that a thread must have to do: about 20 microseconds of work, several times what it takes to wake
- * a thread and to wait for it. */
-enum { GRAIN = 1 << 19 };
-
 typedef void parallel_region(void (*)(void *), void *, unsigned, unsigned);
 typedef int query(void);
 
 static parallel_region *parallel; /* GOMP_parallel */
 static query *own_number, *team_size; /* omp_get_thread_num, omp_get_num_threads */
+static double grain = 1; /* multiply-accumulates that a thread must have to do */
 
-/* Three functions of an OpenMP library, or NULL three times: then all work is done by the calling thread. */
-EXPORT void gconv_use_threads(void *gomp_parallel, void *omp_get_thread_num, void *omp_get_num_threads)
+/* Three functions of an OpenMP library, or NULL three times: then all work is done by the calling thread. And how many
+ * multiply-accumulates a thread must have to do, at least. */
+EXPORT void gconv_use_threads(void *gomp_parallel, void *omp_get_thread_num, void *omp_get_num_threads, double least)
 {
+    grain = least;
     parallel = (parallel_region *)gomp_parallel;
     own_number = (query *)omp_get_thread_num;
     team_size = (query *)omp_get_num_threads;
@@ -39,6 +38,6 @@ void run_workers(int workers, worker *work, void *context)
 
 int workers_for(int threads, double macs)
 {
-    double worth = macs / GRAIN;
+    double worth = macs / grain;
     return worth >= threads ? threads : worth < 1 ? 1 : (int)worth;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from gconv import gconv2d
 from gconv.functional.expansion import is_strictly_channels_last, to_group_major
 from gconv.kernels.dispatch import variants
-from gconv.kernels.library import library
+from gconv.kernels.library import GRAIN, library, openmp_functions, require_library
 from gconv.kernels.separable_conv import Kernel
 
 built = pytest.mark.skipif(library() is None, reason="there is no compiled library")
@@ -31,6 +32,31 @@ def kernel_of_pass(layer, x):
     with mock.patch.object(Kernel, "forward", watched):
         layer(x)
     return used[0] if used else None
+
+
+@contextmanager
+def fine_grained():
+    """Threads are woken for any little work."""
+    if library() is None:
+        yield
+        return
+    use, functions = require_library().functions["use_threads"], openmp_functions() or (None, None, None)
+    use(*functions, 1)
+    try:
+        yield
+    finally:
+        use(*functions, GRAIN)
+
+
+@contextmanager
+def on_threads(number):
+    """So many threads for PyTorch and the kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def close(ours, theirs, tolerance=1e-5):

@@ -10,7 +10,7 @@ from torch import nn
 from gconv import GroupBatchNorm2d
 from gconv.functional.expansion import channels_last, from_group_major
 from gconv.kernels.batch_norm import norm_train
-from tests.gconv.kernels.comparing import built, close
+from tests.gconv.kernels.comparing import built, close, fine_grained, on_threads
 
 
 @st.composite
@@ -33,17 +33,13 @@ def test_batch_norm_is_that_of_the_definition(x, relu, threads):
     exact = nn.BatchNorm3d(x.shape[1], eps=norm.eps).double()
     exact.load_state_dict(norm.state_dict())
     given = x.requires_grad_(), x.detach().double().requires_grad_()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads), fine_grained():
         y = norm(given[0], relu=relu)
         expected = exact(given[1] if x.dim() == 5 else given[1].unsqueeze(2)).view(y.shape)
         apart = y.detach().double().sign() == expected.sign()  # ReLU is undecided where rounding decides
         expected = F.relu(expected) if relu else expected
         direction = torch.randn_like(y) * apart
         ours = torch.autograd.grad(y, [given[0], *norm.parameters()], direction)
-    finally:
-        torch.set_num_threads(before)
     theirs = torch.autograd.grad(expected, [given[1], *exact.parameters()], direction.double())
     far = (x.mean() / x.std()).abs().item()  # of values far from zero less is left
     assert close(y, expected, 1e-5 * (1 + far))
@@ -76,3 +72,19 @@ def test_batch_norm_keeps_what_is_not_a_number(train):
     assert y[0, 1, 2, 1, 1].isnan()
     assert y[:, 0].isfinite().all()
     assert y[:, 1].isnan().all() if train else y.isnan().sum() == 1
+
+
+@built
+@pytest.mark.parametrize("relu", [False, True])
+@fine_grained()
+def test_nothing_depends_on_the_number_of_threads(relu):
+    torch.manual_seed(0)
+    norm = GroupBatchNorm2d(3)
+    x = from_group_major(channels_last(torch.randn(3, 12, 40, 31)), 4).requires_grad_()
+    found = []
+    for threads in (1, 2, 7, 64):
+        with on_threads(threads):
+            y = norm(x, relu=relu)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *norm.parameters()])])
+    for others in zip(*found, strict=True):
+        assert all(torch.equal(others[0], other) for other in others)

@@ -121,33 +121,6 @@ def test_the_comparison_sees_a_wrong_kernel(form):
 
 @built
 @forms
-@versions
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_threads_change_nothing_forward_and_nothing_from_one_time_to_the_next(only, version, form, n):
-    only(version)
-    torch.manual_seed(0)
-    stride = 1 if version == OVER_PIXELS else 2
-    layer = SeparableGConv2d(5, 6, 3, stride=stride, padding=1, group="p4m", form=form, rank=2)
-    x = from_group_major(channels_last(torch.randn(n, 40, 11, 9)), 8).requires_grad_()
-    threads = torch.get_num_threads()
-    outputs, gradients = [], []
-    assert kernel_of_pass(layer, x).variant == version
-    try:
-        for number in (1, 3, 3):
-            torch.set_num_threads(number)
-            y = layer(x)
-            outputs.append(y)
-            gradients.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(outputs[0], other) for other in outputs)
-    for one, several, again in zip(*gradients, strict=True):
-        assert torch.equal(several, again)
-        torch.testing.assert_close(one, several, rtol=1e-4, atol=1e-4)
-
-
-@built
-@forms
 def test_second_derivatives(form):
     torch.manual_seed(0)
     layer = SeparableGConv2d(2, 3, 3, padding=1, group="p4", form=form, rank=2)
