@@ -320,7 +320,8 @@ def test_the_command_is_stopped_from_outside(tmp_path, number):
 
     read = checkpoint.read(tmp_path / "net.pt")
     assert read.resume["epochs_done"] >= 1
-    assert read.resume["partial_epoch"]["step"] >= 1
+    partial = read.resume.get("partial_epoch")  # there is none if the signal came while an epoch was being saved
+    assert partial is None or partial["step"] >= 1
 
 
 if __name__ == "__main__":
