@@ -140,6 +140,11 @@ def test_every_folder_is_a_room() -> None:
     assert folders == set(ROOMS)
 
 
+def test_the_documentation_lists_the_rooms_in_their_order() -> None:
+    text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    assert tuple(room.replace("/", ".") for room in re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE)) == ROOMS
+
+
 def test_the_walk_sees_the_imports_that_are_known() -> None:
     """A walk that found nothing would call every tree right."""
     found = {(arrow.source, arrow.target) for arrow in arrows(ROOT)}
