@@ -37,13 +37,14 @@ class LayerReport:
         form: the form it was given, None if it was left as it was.
         rank: its rank in that form.
         execution: how it runs.
-        why: the reasons for that choice, in words.
+        why: the reasons for this choice, in words.
         weight_error: relative Frobenius error of the filter.
         fit_error: relative error of the layer's output on training images when it was fitted; None without data.
-        milliseconds: of the layer alone, before and after, where the execution was chosen by time.
-        parameters: of the layer, before and after; likewise the MACs of one image (:func:`gconv.cost`).
-        macs_published: in the published convention.
-        macs_executed: as executed.
+        milliseconds: of the layer alone, as given and as converted, measured in turns; None if the execution was not
+            chosen by time.
+        parameters: of the layer, before and after (:func:`gconv.cost`).
+        macs_published: multiply-accumulates of one image in the published convention, before and after.
+        macs_executed: multiply-accumulates of one image as executed, before and after.
     """
 
     name: str
@@ -67,25 +68,25 @@ class ConversionReport:
     """What a conversion did. Pairs are (before, after); everything is plain data after :meth:`to_dict`.
 
     Attributes:
-        request: the form and budget that were asked for, and how they were met.
+        request: the form and budget that were asked for, and how they were met; ``compared_by`` says which error of
+            the options was minimised, if a budget was shared out.
         layers: one row per group-to-group layer.
-        parameters: of the whole network; likewise the MACs of one image (:func:`gconv.cost`).
-        macs_published: in the published convention.
-        macs_executed: as executed.
+        parameters: of the whole network (:func:`gconv.cost`).
+        macs_published: multiply-accumulates of one image in the published convention.
+        macs_executed: multiply-accumulates of one image as executed.
         output_error: relative error of the class scores on seeded random images, before any fine-tuning.
         equivariance_error: for one seeded random image the largest relative change of the class scores over the group,
-            in float64: at rounding level where the network is invariant.
-        latency: median milliseconds a batch, and with what it was measured: under a latency budget by a new ``process``
-            that loads both networks (:mod:`analysis.latency.isolated`), else by the converting one. ``original`` are
-            those of the
-            original at all times when it was measured: how steady the machine's speed was.
-        memory: peak bytes of the live tensors in a forward pass of one image, beside weights and input.
-        accuracy: error in per cent at each stage: on the test images, and under ``validation`` on those.
-        sensitivity: the options of each layer with their measured errors
-        (:func:`analysis.allocation.sensitivity.to_table`), to
-            be used again; None if they were not measured.
-        refinement_steps: how many each fitted layer was refined for; 0 where it was not.
-        finetuning: recipe and history, None without.
+            in float64. It is at rounding level if the network is invariant.
+        latency: median milliseconds of a batch, and how they were measured. ``process`` says by which process: under a
+            latency budget by a new one that loads both networks (:mod:`analysis.latency.isolated`), else by the
+            converting one. ``original`` lists the times of the original network whenever it was measured, which shows
+            how steady the machine's speed was.
+        memory: peak bytes of the live tensors in a forward pass of one image, besides weights and input.
+        accuracy: error in per cent at each stage on the test images; on validation images under ``validation``.
+        sensitivity: the options of each layer with their measured errors, to be used again
+            (:func:`analysis.allocation.sensitivity.to_table`); None if they were not measured.
+        refinement_steps: how many steps each fitted layer was refined for; 0 if it was not refined.
+        finetuning: recipe and history; None without fine-tuning.
         notes: what was not measured, and why.
         kernel: whether the compiled kernels ran, and which (:func:`gconv.kernels.config.kernel_config`); the MACs as
             executed and the times hold for such a machine.
@@ -119,7 +120,7 @@ class ConversionReport:
     def measure(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
         """Fill in costs, equivariance errors, latency and memory, and each layer's row, from two networks in eval mode.
 
-        Everything is read off the networks, so that the report of a network loaded from a file is true of the file.
+        Everything is measured on these networks, so the report on a network loaded from a file is about the file.
         """
         self.kernel = kernel_config()
         costs = [cost(network, input_shape) for network in (before, after)]
@@ -128,6 +129,8 @@ class ConversionReport:
             setattr(self, key, tuple(getattr(total, key) for total in costs))
             for layer in self.layers:
                 setattr(layer, key, tuple(getattr(row[layer.name], key) for row in rows))
+        for text in costs[1].notes:
+            self.note(text)
         for layer in self.layers:
             self._describe(layer, before.get_submodule(layer.name), after.get_submodule(layer.name))
         images = random_images(before, input_shape, seed)
@@ -137,7 +140,9 @@ class ConversionReport:
         first, second = (equivariance_error(network, group, one) for network in doubled)
         self.equivariance_error = (first.max, second.max)
         if first.max > _ROUNDING:
-            self.note("the network as given is not invariant: a stride that does not fit its map, or its head")
+            self.note(
+                "the network as given is not invariant: a stride does not fit its map, or its head is not invariant"
+            )
             for inexact in first.inexact:
                 self.note(str(inexact))
         if self.request.get("budget") == "latency":
@@ -150,14 +155,14 @@ class ConversionReport:
         self.memory = (forward_memory(before, images[:1]), forward_memory(after, images[:1]))
 
     def _compare_with_budget(self) -> None:
-        """Say so where the saved network, measured again, takes longer than the budget that it met when chosen."""
+        """Add a note if the saved network, measured again, takes longer than the budget that it met when chosen."""
         if "value" in self.request:
             before, after = self.latency["milliseconds"]
             limit = self.request["value"] * (before if self.request["fraction"] else 1)
             if after > limit:
                 self.note(
-                    f"measured again the network takes {after:.3g} ms, where the budget, within which it was when "
-                    f"chosen, is {limit:.3g} ms: the machine's speed is not the same from one time to the other"
+                    f"measured again, the network takes {after:.3g} ms. When it was chosen it was within the budget of "
+                    f"{limit:.3g} ms: the machine's speed has changed in between"
                 )
 
     def measure_output(self, before: nn.Module, after: nn.Module, input_shape: Sequence[int], seed: int) -> None:
@@ -185,13 +190,13 @@ class ConversionReport:
             row.form, row.rank = after.form.name, after.rank
 
     def note(self, text: str) -> None:
-        """Add to the notes what is not among them yet."""
+        """Add a note, unless it is there already."""
         if text not in self.notes:
             self.notes.append(text)
 
 
 def random_images(model: nn.Module, input_shape: Sequence[int], seed: int) -> Tensor:
-    """The seeded images that a report is measured on, with the model's device and type."""
+    """The seeded random images that a report is measured on, on the model's device and with its type."""
     images = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(seed))
     return images.to(next(model.parameters()))
 

@@ -16,14 +16,15 @@ from gconv.system.errors import InputError
 def reestimate_batchnorm(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> None:
     """Replace the running mean and variance of every batch-norm layer by averages over these images, in place.
 
-    One pass without gradients: batch-norm layers normalise by the batch and take the plain average of its statistics
-    over batches of (nearly) equal size; every other layer, such as dropout, stays in eval mode. Modes and momenta are
-    put back afterwards. Without batch norm nothing happens. Side effect: ``num_batches_tracked`` counts from zero.
+    It takes one pass without gradients. Batch-norm layers normalise by the statistics of the batch, and keep the plain
+    average of these over batches of (nearly) equal size. Every other layer, such as dropout, stays in eval mode. Modes
+    and momenta are put back afterwards. Without batch norm nothing happens. Side effect: ``num_batches_tracked`` counts
+    from zero.
 
     Args:
         model: any network.
-        images: ``[N, ...]`` inputs of the distribution that it will see: training images, never test images.
-        batch_size: images at a time; larger batches estimate the variance better.
+        images: ``[N, ...]``, inputs like those that the network will see: training images, never test images.
+        batch_size: how many images run at a time. Larger batches estimate the variance better.
 
     Raises:
         InputError: there are no images.

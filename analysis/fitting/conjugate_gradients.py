@@ -11,7 +11,10 @@ _RIDGE = 1e-5  # relative to a block's largest diagonal entry
 
 
 def block_solver(blocks: Tensor) -> Callable[[Tensor], Tensor]:
-    """Multiplies vectors ``[..., n]`` by the inverses of blocks ``[..., n, n]``, but not of those that are rounding."""
+    """A function that multiplies vectors ``[..., n]`` by the inverses of blocks ``[..., n, n]``.
+
+    A block that cannot be factorised, because it holds nothing but rounding, is taken for the identity.
+    """
     identity = torch.eye(blocks.shape[-1]).to(blocks)
     ridge = _RIDGE * blocks.diagonal(dim1=-2, dim2=-1).amax(-1)
     factor, failed = torch.linalg.cholesky_ex(blocks + ridge[..., None, None] * identity)
@@ -27,9 +30,15 @@ def conjugate_gradients(
     axes: tuple[int, ...],
     steps: int,
 ) -> Tensor:
-    """Lower ``x A x / 2 - b x`` in so many steps from x, where its gradient ``A x - b`` is given.
+    """Lower ``x A x / 2 - b x`` by preconditioned conjugate gradients (Hestenes and Stiefel, 1952).
 
-    Hestenes and Stiefel (1952), preconditioned; one problem along ``axes`` for each index of the others.
+    Args:
+        apply: multiplies by A.
+        precondition: multiplies by the preconditioner.
+        x: where to start.
+        gradient: ``A x - b`` there.
+        axes: the axes of one problem; there is one problem for each index of the other axes.
+        steps: how many.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Latency as a process has it that only loads two saved networks and runs them in turn, as their users will.
+"""Latency in a new process, which only loads two saved networks and runs them in turns, as their users will.
 
-A process that has just converted one has memory and caches with a history. So where a budget of time is to be kept,
-``python -m analysis.latency.isolated`` measures, on the same device with the same threads and the same environment.
+A process that has just converted a network has memory and caches with a history. So where a budget of time is to be
+kept, ``python -m analysis.latency.isolated`` measures, on the same device, with the same number of threads and the same
+environment.
 
-A machine may run at several speeds, each for many seconds: because of its clock, or of what its other tenants do. So
-what is reported can be measured at a speed that was seen before, see :func:`at_speed`.
+A machine may run at several speeds, each for many seconds, because its clock changes or because others use it too. So
+the time that is reported can be measured at a speed that was seen before (:func:`at_speed`).
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ from gconv.models.networks import Model
 
 from .timing import BUDGET_ROUNDS, latency
 
-_NEAR = 1.03  # more than this and it is another speed; medians of one speed differ by less
-_PATIENCE = 30.0
-_PAUSE = 1.0
+_NEAR = 1.03  # ratio of times from which on the speed is another one; medians at one speed differ by less
+_PATIENCE = 30.0  # seconds
+_PAUSE = 1.0  # seconds
 
 
 def fresh_latency(
     before: nn.Module, after: nn.Module, images: Tensor, note: Callable[[str], None], *, known: float = math.inf
 ) -> dict[str, Any]:
-    """Latency of two networks in eval mode, many rounds of it, measured :func:`at_speed` in a new process.
+    """Latency of two networks in eval mode, in many rounds, measured :func:`at_speed` in a new process.
 
-    Where that cannot be it is measured in this one: a network has no checkpoint, or the process fails.
+    It is measured in this process if a network cannot be saved, or if the new process fails.
 
     Args:
         before: a network.
         after: another one.
-        images: a batch ``[N, C, H, W]``; the networks are run on its device and with its type.
-        note: is told in one line if it was this process, and why.
-        known: milliseconds of the first network, as measured before; infinite if they were not.
+        images: a batch ``[N, C, H, W]``; the networks run on its device and with its type.
+        note: is called with one line if this process measured, and why.
+        known: milliseconds of the first network, as measured before; infinite if they were not measured.
 
     Returns:
-        The latency, and as ``process`` which one measured it: ``new`` or ``converting``.
+        The latency, and as ``process`` which process measured it: ``new`` or ``converting``.
     """
     try:
-        return {**_in_new_process(before, after, images, known), "process": "new"}
+        return {**in_new_process(before, after, images, known), "process": "new"}
     except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         note(f"latency was measured in the converting process, which may take longer than a new one: {why}")
@@ -60,9 +61,10 @@ def fresh_latency(
 
 
 def at_speed(before: nn.Module, after: nn.Module, images: Tensor, known: float) -> dict[str, Any]:
-    """:func:`analysis.latency.timing.latency` when the first network takes no longer than known.
+    """:func:`analysis.latency.timing.latency` at a time when the first network takes no longer than ``known``.
 
-    For that it is measured again each second; after half a minute the time in which both together took least is it.
+    Until then it is measured again every second. After half a minute the measurement in which both networks together
+    took least is returned.
     """
     began = time.perf_counter()
     best = latency(before, after, images, rounds=BUDGET_ROUNDS)
@@ -73,24 +75,24 @@ def at_speed(before: nn.Module, after: nn.Module, images: Tensor, known: float) 
     return best
 
 
-def _in_new_process(before: nn.Module, after: nn.Module, images: Tensor, known: float) -> dict[str, Any]:
-    """The latency that this module prints when it is run.
+def in_new_process(before: nn.Module, after: nn.Module, images: Tensor, known: float) -> dict[str, Any]:
+    """The latency as this module measures and prints it when it is run.
 
     Raises:
-        ValueError: a network has no checkpoint, or what was printed is no latency.
+        ValueError: a network cannot be saved, or what was printed is not a latency.
         OSError: no files can be written, or the process does not start or fails.
     """
     with tempfile.TemporaryDirectory(prefix="gconv-") as folder:
         for name, network in (("before.pt", before), ("after.pt", after)):
-            checkpoint.save(cast(Model, network), Path(folder, name))  # which refuses what is none
+            checkpoint.save(cast(Model, network), Path(folder, name))  # refuses a network that it cannot describe
         batch = io.BytesIO()
         torch.save(images, batch)
         Path(folder, "images.pt").write_bytes(batch.getbuffer())
         command = [sys.executable, "-P", "-m", "analysis.latency.isolated", "before.pt", "after.pt", "images.pt"]
-        done = subprocess.run(  # which kills it on Ctrl-C
+        done = subprocess.run(  # kills the process on Ctrl-C
             [*command, str(torch.get_num_threads()), str(known)],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": _import_path()},
+            env={**os.environ, "PYTHONPATH": import_path()},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -103,10 +105,12 @@ def _in_new_process(before: nn.Module, after: nn.Module, images: Tensor, known: 
     return found
 
 
-def _import_path() -> str:
-    """Where this process finds its modules, in the same order, and this package wherever it was found."""
+def import_path() -> str:
+    """Where this process finds modules, in the same order, and where it found this package."""
     path = [os.path.abspath(entry) for entry in sys.path]
-    root = str(Path(__file__).parents[2])  # no longer there if the path has it as the working directory at that time
+    root = str(
+        Path(__file__).parents[2]
+    )  # not in the path if the path names it as the working directory, and that has changed
     return os.pathsep.join(path if root in path else [root, *path])
 
 
@@ -114,9 +118,9 @@ def _last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2]
 
 
-def _measure(before: str, after: str, images: str, threads: str, known: str) -> dict[str, Any]:
+def measure(before: str, after: str, images: str, threads: str, known: str) -> dict[str, Any]:
     """The latency of the networks in two files on the images in a third."""
-    if int(threads) != torch.get_num_threads():  # as setting a number changes more than the number
+    if int(threads) != torch.get_num_threads():  # setting the number has side effects even if it is the same
         torch.set_num_threads(int(threads))
     batch = torch.load(images, weights_only=True)
     first, second = (checkpoint.load(path).to(batch) for path in (before, after))
@@ -124,4 +128,4 @@ def _measure(before: str, after: str, images: str, threads: str, known: str) -> 
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(*sys.argv[1:])))
+    print(json.dumps(measure(*sys.argv[1:])))

@@ -46,6 +46,7 @@ def print_report(report: ConversionReport, document: dict[str, Any], *, file: IO
     console.print(f"peak memory of one image: {memory} MiB")
     if "allocation_why" in report.request:
         console.print(f"allocation: {report.request['allocation_why']}")
+        console.print(f"options were compared by: {report.request.get('compared_by', 'not recorded')}")
     if "before" in report.accuracy:
         _print_accuracy(console, report, document["data"]["name"])
     for note in report.notes:

@@ -77,7 +77,7 @@ def stop_the_clock(patch):
     """Everything takes a millisecond, and no new process is needed to say so."""
     patch.setattr(execution, "medians", lambda runs, **_: ([1.0] * len(runs), 1))
     patch.setattr(
-        fresh, "_in_new_process", lambda before, after, images, known: execution.latency(before, after, images)
+        fresh, "in_new_process", lambda before, after, images, known: execution.latency(before, after, images)
     )
 
 

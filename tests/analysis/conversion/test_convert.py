@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from analysis import Distillation, Finetuning, convert, to_dense
+from analysis.allocation import sensitivity
 from analysis.allocation.allocators import ALLOCATORS
 from analysis.allocation.sensitivity import fingerprint
 from analysis.conversion import autotune as timing
@@ -1143,3 +1144,49 @@ def test_a_network_converted_to_irreps_is_the_same_function_and_is_saved_as_such
     kept = load(tmp_path / "small.pt").eval()
     with torch.no_grad():
         torch.testing.assert_close(kept(images), small(images))
+
+
+# --- arguments that moved, and what the report says about the comparison
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("distillation", Distillation()), ("after_epoch", print), ("resume", None)], ids=str
+)
+def test_an_argument_that_moved_is_answered_by_where_it_is_now(name, value):
+    message = rf"^convert has no argument {name}\. Give finetune=analysis\.Finetuning\(epochs, {name}=…\)\.$"
+    with pytest.raises(InputError, match=message):
+        convert(tiny(), rank=1, **{name: value})
+
+
+def test_an_argument_that_never_was_is_a_type_error():
+    with pytest.raises(TypeError, match=r"^convert\(\) got an unexpected keyword argument 'ranks'$"):
+        convert(tiny(), ranks=1)
+
+
+def test_fine_tuning_is_a_number_of_epochs_or_a_description_of_it():
+    data = Split(*(tensor[:40] for tensor in pictures()))
+    given = {"form": "gc", "rank": 1, "data": data, "minimise": "weights"}
+    plain, described, other = (
+        convert(tiny(), **given, finetune=finetune)[0]
+        for finetune in (1, Finetuning(1), Finetuning(1, Distillation(weight=0)))
+    )
+    assert same(plain, described)
+    assert not same(plain, other)
+
+
+def test_the_report_says_by_which_error_options_were_compared(measured, monkeypatch):
+    data = pictures()
+    assert "compared_by" not in convert(tiny(), rank=1)[1].request
+    assert convert(tiny(), "gc", params=0.6)[1].request["compared_by"] == sensitivity.OF_FILTERS
+    done = convert(tiny(), "gc", params=0.6, data=data, sensitivity=measured)[1]
+    assert done.request["compared_by"] == measured["compared_by"] == sensitivity.OF_SCORES
+    older = {key: value for key, value in measured.items() if key != "compared_by"}
+    assert convert(tiny(), "gc", params=0.6, sensitivity=older)[1].request["compared_by"] == "not recorded"
+    monkeypatch.setattr(sensitivity, "SCORE_WORK", 0)
+    done = convert(tiny(), "gc", params=0.6, data=data)[1]
+    assert done.request["compared_by"] == done.sensitivity["compared_by"] == sensitivity.OF_OUTPUTS
+    assert any("compared by their own layers' outputs" in note for note in done.notes)
+    monkeypatch.setattr(sensitivity, "FIT_WORK", 0)
+    done = convert(tiny(), "gc", params=0.6, data=data)[1]
+    assert done.request["compared_by"] == done.sensitivity["compared_by"] == sensitivity.OF_FILTERS
+    assert any("compared by the energy of their filters" in note for note in done.notes)

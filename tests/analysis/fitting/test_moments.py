@@ -451,6 +451,32 @@ def test_the_network_runs_only_as_far_as_the_last_layer():
     close_moments(collect_moments(original, original, ["first"], images)["first"], expected, 0)
 
 
+class Twice(nn.Module):
+    """Runs ``first`` and then ``second``, which may be one layer or two, on maps of two sizes."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        x = self.second(self.first(x).tanh())
+        return x.flatten(1)[:, :5]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_that_runs_twice_has_the_moments_of_both_calls(bias):
+    torch.manual_seed(0)
+    layer = GConv2d(2, 2, 3, bias=bias, group="p4", dtype=torch.float64)
+    once, twice = Twice(layer, copy.deepcopy(layer)), Twice(layer, layer)
+    images = torch.randn(12, 2, 4, 9, 9, dtype=torch.float64)
+    one, other = (collect_moments(once, once, ["first", "second"], images)[name] for name in ("first", "second"))
+    (both,) = collect_moments(twice, twice, ["first"], images).values()
+    for name in ("second", "cross", "power", "mean", "target"):  # 7 x 7 positions in one call, 5 x 5 in the other
+        close(getattr(both, name), (49 * getattr(one, name) + 25 * getattr(other, name)) / 74)
+    weights = channel_weights(once, ["first", "second"], images)
+    close(channel_weights(twice, ["first"], images)["first"], weights["first"] + weights["second"])
+
+
 def test_operations_in_place_do_not_change_what_was_seen():
     plain, inplace, images = network(), network(inplace=True), images_for()
     inplace.norm1 = nn.Identity()  # so that the activation changes the layer's own output

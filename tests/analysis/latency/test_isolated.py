@@ -111,7 +111,7 @@ def nowhere_else(*given, **options): raise AssertionError
 execution.medians = nowhere_else
 model = create_model("p4cnn", width=1).double().eval()
 print(fresh.fresh_latency(model, model, random_images(model, model.input_shape, 0), print)["process"])
-print(fresh._import_path().split(os.pathsep)[0])
+print(fresh.import_path().split(os.pathsep)[0])
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -133,7 +133,7 @@ def test_it_measures_the_two_networks_on_the_images_as_they_are(monkeypatch):
     def run(command, *, cwd, **_):
         monkeypatch.chdir(cwd)
         assert command[1:4] == ["-P", "-m", "analysis.latency.isolated"]
-        return SimpleNamespace(returncode=0, stdout=json.dumps(fresh._measure(*command[4:])))
+        return SimpleNamespace(returncode=0, stdout=json.dumps(fresh.measure(*command[4:])))
 
     monkeypatch.setattr(fresh, "latency", latency)
     monkeypatch.setattr(fresh.subprocess, "run", run)
@@ -228,7 +228,7 @@ def test_the_speed_to_wait_for_is_the_best_at_which_the_choice_was_made(monkeypa
 
     for module in (timing, execution):
         monkeypatch.setattr(module, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
-    monkeypatch.setattr(fresh, "_in_new_process", elsewhere)
+    monkeypatch.setattr(fresh, "in_new_process", elsewhere)
     # The first is of the original alone, the second of the choice.
     report = convert(network(), "gc", latency=0.6)[1]
     assert given == [float("inf"), float("inf"), 20.0]
@@ -324,7 +324,7 @@ def test_the_time_in_a_new_process_is_what_decides_and_what_is_reported(monkeypa
 
     for module in (execution, timing):
         monkeypatch.setattr(module, "layer_times", layer_times)
-    monkeypatch.setattr(fresh, "_in_new_process", elsewhere)
+    monkeypatch.setattr(fresh, "in_new_process", elsewhere)
     for value in (0.5, "10ms"):
         report = convert(network(), "gc", latency=value)[1]
         assert set(report.latency.pop("original")) == {20}
@@ -341,7 +341,7 @@ def test_a_budget_that_is_met_when_chosen_and_not_when_measured_again(monkeypatc
     times = iter([(20.0, 20.0), (20.0, 9.0), (20.0, again)])  # before, while and after choosing
     monkeypatch.setattr(timing, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
     monkeypatch.setattr(execution, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
-    monkeypatch.setattr(fresh, "_in_new_process", lambda *_: {"milliseconds": list(next(times))})
+    monkeypatch.setattr(fresh, "in_new_process", lambda *_: {"milliseconds": list(next(times))})
     report = convert(network(), "gc", latency=budget)[1]
     assert report.latency["milliseconds"] == [20.0, again]
     notes = [note for note in report.notes if "measured again" in note]
@@ -361,7 +361,7 @@ def test_a_choice_that_is_barely_within_is_taken_only_where_none_is_safely(monke
 
     for module in (timing, execution):
         monkeypatch.setattr(module, "layer_times", lambda layer, x, others=(): [2.0] + [0.25] * len(others))
-    monkeypatch.setattr(fresh, "_in_new_process", lambda *_: {"milliseconds": [20.0, next(times)]})
+    monkeypatch.setattr(fresh, "in_new_process", lambda *_: {"milliseconds": [20.0, next(times)]})
     monkeypatch.setattr(Planner, "_share_out", share_out)
     request = convert(network(), "gc", latency=0.5)[1].request
     assert limits == pytest.approx([10 * 0.98**n for n in range(tries)])
