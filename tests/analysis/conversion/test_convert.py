@@ -1168,7 +1168,7 @@ def test_fine_tuning_is_a_number_of_epochs_or_a_description_of_it():
     given = {"form": "gc", "rank": 1, "data": data, "minimise": "weights"}
     plain, described, other = (
         convert(tiny(), **given, finetune=finetune)[0]
-        for finetune in (1, Finetuning(1), Finetuning(1, Distillation(weight=0)))
+        for finetune in (2, Finetuning(2), Finetuning(2, Distillation(weight=0)))
     )
     assert same(plain, described)
     assert not same(plain, other)

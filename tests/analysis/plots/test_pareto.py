@@ -8,7 +8,8 @@ import pytest
 from matplotlib.text import Text
 
 from analysis.plots.pareto import plot_pareto
-from analysis.sweep import COSTS, mark_pareto
+from analysis.sweep.rows import mark_pareto
+from analysis.sweep.units import COSTS
 
 CLOUD = [(0.2, 2e3, 9e5, 0.4, 9.0), (0.3, 3e3, 2e6, 0.7, 4.0), ("9k", 9e3, 3e6, 0.9, 3.5), (0.6, 2e4, 3e6, 1.1, 3.6)]
 HEAP = [(budget, 1e4, 4e6, 1.0, 3.0) for budget in (0.2, 0.3, "12345678", 0.5)]
