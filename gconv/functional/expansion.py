@@ -1,9 +1,9 @@
 """Group convolution as functions of tensors: expand the generator, convolve, act on maps.
 
-Shapes throughout: a feature map is ``[N, C, S, H, W]`` with S = |H|, a planar map ``[N, C, H, W]``; a generator is
-``[O, I, S_in, k, k]``. In a planar layout channel c and element s become one channel: ``c S + s`` where a filter stands
-for itself, as in other libraries; and *group-major*, ``s C + c``, inside the layers, where what belongs to one element
-then lies together in memory.
+Shapes: a feature map is ``[N, C, S, H, W]`` with S = |H|, a planar map ``[N, C, H, W]``, a generator
+``[O, I, S_in, k, k]``. In a planar layout, channel c and element s of a feature map are one channel. Its number is
+``c S + s`` in :func:`gconv2d`, as in other libraries. Inside the layers the layout is *group-major*: the number is
+``s C + c``, so the channels of one element are neighbours in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tables(NamedTuple):
     :mod:`gconv.groups.point_groups`).
 
     Attributes:
-        expansion: ``[S S_in k k]``, where each entry of an expanded filter lies in its generator ``[S_in k k]``.
+        expansion: ``[S S_in k k]``, the index in the generator ``[S_in k k]`` of each entry of the expanded filter.
         relative: ``[S S]``, the index of ``s^-1 s'``.
         pixels: ``[S k k]``, the index of pixel ``s^-1 y``.
     """
@@ -42,7 +42,13 @@ class Tables(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a convolution samples the plane; the same along both axes."""
+    """How a convolution samples the plane, the same along both axes.
+
+    Attributes:
+        stride: step between output pixels.
+        padding: zeros added on each side.
+        dilation: distance between kernel entries.
+    """
 
     stride: int = 1
     padding: int = 0
@@ -55,8 +61,8 @@ def expand(weight: Tensor, expansion: Tensor, *, group_major: bool = False, chan
     Args:
         weight: generator ``[O, I, S_in, k, k]``.
         expansion: the index table of that name in :class:`Tables`.
-        group_major: the order of channels, on both sides.
-        channels_last: the memory format of the result.
+        group_major: whether input and output channels are group-major.
+        channels_last: whether the result has the memory format channels-last.
 
     Returns:
         ``[O S, I S_in, k, k]``, a filter for an ordinary convolution over a planar layout.
@@ -77,10 +83,10 @@ def to_planar(x: Tensor) -> Tensor:
 
 
 def to_group_major(x: Tensor) -> Tensor:
-    """``[N, C, S, H, W]`` to group-major ``[N, S C, H, W]``: a view, if a layer gave it. Planar maps pass through."""
+    """``[N, C, S, H, W]`` to group-major ``[N, S C, H, W]``, a view if a layer made it. Planar maps pass through."""
     if x.dim() == 4:
         return x
-    if x.stride(1) == 1:  # channels-last, and the view of a single image is to keep the stride that tells so
+    if x.stride(1) == 1:  # channels-last; flattened in this order, also a single image keeps the strides of that format
         return x.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
     return x.transpose(1, 2).flatten(1, 2)
 
@@ -91,25 +97,23 @@ def from_group_major(x: Tensor, order: int) -> Tensor:
     return x.permute(0, 2, 3, 1).view(n, h, w, order, c // order).permute(0, 4, 3, 1, 2)
 
 
-def is_strictly_channels_last(x: Tensor) -> bool:
-    """Whether a planar map lies in memory channels-last and in no other order (one pixel or channel is both)."""
-    return _is_channels_last(x) and not x.is_contiguous()
-
-
 def has_channels_last_strides(x: Tensor) -> bool:
-    """The same, where a map of one channel or pixel counts by its strides."""
-    return x.stride(1) == 1 and _is_channels_last(x)
-
-
-def _is_channels_last(x: Tensor) -> bool:
+    """Whether a planar map lies in memory channels-last; a map of one channel or one pixel counts by its strides."""
+    if x.stride(1) != 1:
+        return False
     try:
         return x.is_contiguous(memory_format=torch.channels_last)
-    except RuntimeError:  # torch.vmap answers for contiguous maps only
+    except RuntimeError:  # torch.vmap answers for the contiguous format only
         return False
 
 
+def is_strictly_channels_last(x: Tensor) -> bool:
+    """Whether a planar map lies in memory channels-last and in no other order."""
+    return has_channels_last_strides(x) and not x.is_contiguous()
+
+
 def is_group_major(x: Tensor) -> bool:
-    """Whether ``[N, C, S, H, W]`` lies in memory as the layers give it: channels-last and group-major."""
+    """Whether ``[N, C, S, H, W]`` lies in memory as the outputs of the layers do: channels-last and group-major."""
     strides, expected = x.stride(), _grouped_strides(x.shape)
     return strides == expected or all(
         size == 1 or one == other for size, one, other in zip(x.shape, strides, expected, strict=True)
@@ -117,7 +121,7 @@ def is_group_major(x: Tensor) -> bool:
 
 
 def new_group_major(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised map ``[N, C, S, H, W]`` that lies so, on the device and of the type of another tensor."""
+    """An uninitialised map ``[N, C, S, H, W]``, channels-last and group-major, with the device and type of ``like``."""
     return like.new_empty_strided(shape, _grouped_strides(shape))
 
 
@@ -130,11 +134,11 @@ def _grouped_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def on_tensor_cores(x: Tensor) -> bool:
     """Whether convolutions of this map run on the tensor cores of a GPU: in half precision, or in TF32 if allowed.
 
-    There multiply-accumulates cost next to nothing, and what counts is the memory format.
+    There the memory format decides the time, and multiply-accumulates hardly matter.
     """
     if x.device.type != "cuda":
         return False
-    if torch.compiler.is_compiling():  # what follows is no part of a graph
+    if torch.compiler.is_compiling():  # a graph cannot hold the questions that follow
         return True
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
@@ -156,25 +160,25 @@ def is_tf32_allowed() -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """A planar map in the memory format that convolutions are fastest in.
 
-    That is channels-last in float32 on a CPU, and on the tensor cores of a GPU; elsewhere the map stays as it is.
-    ``benchmarks/speed_networks.py`` and ``benchmarks/speed_gpu.py`` measure what that brings. Convolutions and batch
-    norm hand the format on, so a network asks for it once.
+    This is channels-last for float32 on a CPU and on the tensor cores of a GPU. Other maps are returned unchanged.
+    Convolutions and batch norm keep the format, so a network converts its input only. ``benchmarks/speed_networks.py``
+    and ``benchmarks/speed_gpu.py`` measure the gain.
     """
-    if not isinstance(x, Tensor):  # a tracer's stand-in
+    if not isinstance(x, Tensor):  # the proxy of a tracer
         return x
     if not (x.device.type == "cpu" and x.dtype == torch.float32) and not on_tensor_cores(x):
         return x
     if is_strictly_channels_last(x):
         return x
     try:
-        # A clone, because a map of one channel counts as channels-last already, but is not taken for it.
+        # Not contiguous(), which returns a map of one channel with the strides that it has.
         return x.clone(memory_format=torch.channels_last)
-    except RuntimeError:  # torch.vmap has contiguous maps only
+    except RuntimeError:  # torch.vmap knows the contiguous format only
         return x
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU of a map that nothing else reads: in place, but for training, where gradients of views would cost more."""
+    """ReLU of a map that nothing else reads. It is in place, except where gradients of views would make that slower."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -205,13 +209,13 @@ def gconv2d(
 
 
 def act(group: str | Group, element: int, x: Tensor) -> Tensor:
-    """The group's action on a map: ``(g x)[c, s](p) = x[c, g^-1 s](g^-1 p)``; on planar maps only the pixels move.
+    """The group's action on a map: ``(g x)[c, s](p) = x[c, g^-1 s](g^-1 p)``. On planar maps only the pixels move.
 
     Args:
         group: the group.
         element: index of g in it.
-        x: ``[N, C, S, H, W]`` or ``[N, C, H, W]``; H and W may differ (a quarter turn then exchanges them). A tensor
-            of fewer dimensions (class scores) is taken as invariant and comes back as it is.
+        x: ``[N, C, S, H, W]`` or ``[N, C, H, W]``. H and W may differ; a quarter turn exchanges them. A tensor of fewer
+            dimensions, such as class scores, counts as invariant and is returned unchanged.
 
     Raises:
         InputError: an unknown group, or a group axis of another length.
@@ -221,7 +225,7 @@ def act(group: str | Group, element: int, x: Tensor) -> Tensor:
         return x
     if x.dim() == 5:
         if x.shape[2] != group.order:
-            what = f"a map of shape {list(x.shape)} is not one of {group.name}"
+            what = f"a map of shape {list(x.shape)} is not a map on {group.name}"
             raise InputError(f"{what}; accepted: [N, C, {group.order}, H, W]")
         x = x[:, :, torch.tensor(group.product[group.inverse[element]], device=x.device)]
     flips, turns = divmod(group.elements[element], 4)

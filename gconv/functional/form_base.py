@@ -1,6 +1,6 @@
-"""What the separable forms share: folding a filter into block matrices and back, its factors, their ranks and costs.
+"""What the separable forms share: how a filter folds into block matrices and back, its factors, ranks and costs.
 
-The forms themselves are in :mod:`gconv.functional.forms`, which says what they are.
+:mod:`gconv.functional.forms` has the forms and explains them.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Convolution(NamedTuple):
 
 
 class Form(ABC):
-    """A way to separate a filter into a group mix and planar kernels. Instances are stateless; see ``FORMS``.
+    """A way to separate a filter into group 1x1 mixing and spatial kernels. Instances are stateless; see ``FORMS``.
 
     Attributes:
         name: what users write.
-        block_axes: the channel axes that a planar kernel depends on, ``"oi"``, ``"o"`` or ``"i"``: the blocks. The
-            other channel axes and the group axis make the rows.
-        input_frame: whether every kernel is first turned back by the element that it reads, ``K[o, i, t, t y]``.
-        executions: those that the form has.
-        default_execution: factorised, but for the forms with a kernel per channel pair: run so they need a map O R
-            times the size of their input, so their dense filter is built from the factors instead.
-        spatial_first: whether the planar kernels run before the mix, so that the mix sees the output's resolution.
+        block_axes: the channel axes that number the blocks, ``"oi"``, ``"o"`` or ``"i"``. There is one spatial kernel
+            for each block and rank. The rows of a block are the other channel axes and the group axis.
+        input_frame: whether kernels are taken in the frame of the input element that they read, ``K[o, i, t, t y]``.
+        executions: the executions that the form has.
+        default_execution: ``"factorized"``, but ``"dense"`` for the forms with a spatial kernel for each channel pair.
+            Factorised, these make maps with O R times the values of their input.
+        spatial_first: whether the spatial kernels run before the mixing, which then runs at the output's resolution.
     """
 
     name: ClassVar[str]
@@ -65,7 +65,7 @@ class Form(ABC):
     default_execution: ClassVar[Execution] = "factorized"
     spatial_first: ClassVar[bool] = False
 
-    # A form has no state: the copy that comes with a copied or unpickled layer is the same form.
+    # A form has no state, so a copied or unpickled one is equal to the original.
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self)
 
@@ -74,29 +74,36 @@ class Form(ABC):
 
     @abstractmethod
     def fan_ins(self, shape: FilterShape, rank: int) -> tuple[int, int]:
-        """How many inputs each output of the mix, and of the planar kernels, sums over when run factorised."""
+        """The number of inputs that each output of (the mixing, the spatial kernels) sums over when run factorised."""
 
     @abstractmethod
     def macs(self, shape: FilterShape, rank: int) -> tuple[int, int]:
-        """Multiply-accumulates a position of (the mix, the planar kernels) when run factorised."""
+        """Multiply-accumulates per position of (the mixing, the spatial kernels) when run factorised."""
 
     @abstractmethod
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
-        """What :meth:`run` mixes with, and its filter for the plane; with a ``basis``, to mix in that."""
+        """The two filters that :meth:`run` needs, for the mixing and for the plane. A ``basis`` is to mix in."""
 
     @abstractmethod
     def run(
         self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
     ) -> Tensor:
-        """Run factorised, with the two :meth:`filters` and a bias ``[S O]``.
+        """Run factorised, from ``[N, S I, H, W]`` to ``[N, S O, H', W']``, both group-major.
 
-        From ``[N, S I, H, W]`` to ``[N, S O, H', W']``, both group-major.
+        Args:
+            x: the input.
+            w: the first of the two :meth:`filters`.
+            d: the second.
+            bias: ``[S O]``.
+            shape: of the generator.
+            rank: R.
+            sampling: stride, padding and dilation.
         """
 
     def convolutions(
         self, mix: Tensor, spatial: Tensor, tables: Tables, sampling: Sampling
     ) -> tuple[tuple[Convolution, ...], ...] | None:
-        """:meth:`run` as a sum of terms, each of ordinary convolutions in a row; None if it is more than that."""
+        """:meth:`run` as a sum of terms, each a chain of ordinary convolutions; None if the form needs more."""
         return None
 
     @property
@@ -115,32 +122,35 @@ class Form(ABC):
         """
         o, i, s, k, _ = shape = weight.shape
         if self.input_frame:
-            weight = weight.reshape(o, i, s * k * k).index_select(2, torch.argsort(_frame(pixels, s))).view(shape)
+            weight = (
+                weight.reshape(o, i, s * k * k).index_select(2, torch.argsort(_from_input_frame(pixels, s))).view(shape)
+            )
         return self._blocks_first(weight).reshape(self.blocks(FilterShape(o, i, s, k)), -1, k * k)
 
     def unfold(self, matrices: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
         """The inverse of :meth:`fold`."""
         o, i, s, k = shape
-        planar, others = self._channels(shape)
-        weight = self._blocks_first(matrices.reshape(*planar, *others, s * k * k))  # an exchange undoes itself
+        blocks, others = self._channels(shape)
+        weight = self._blocks_first(matrices.reshape(*blocks, *others, s * k * k))  # an exchange undoes itself
         if self.input_frame:
-            weight = weight.index_select(2, _frame(pixels, s))
+            weight = weight.index_select(2, _from_input_frame(pixels, s))
         return weight.reshape(o, i, s, k, k)
 
     def factor_shapes(self, shape: FilterShape, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of ``mix`` and ``spatial``."""
-        planar, others = self._channels(shape)
-        return (*planar, rank, *others, shape.order), (*planar, rank, shape.k, shape.k)
+        blocks, others = self._channels(shape)
+        return (*blocks, rank, *others, shape.order), (*blocks, rank, shape.k, shape.k)
 
     def macs_by_map(self, shape: FilterShape, rank: int, basis: Basis | None = None) -> tuple[int, int]:
-        """The same per position of the (input map, output map): the mix runs on whichever it reads.
+        """Multiply-accumulates per position of the (input map, output map) when run factorised.
 
-        With a ``basis``, of the mix in that, the changes of basis included.
+        The mixing counts for the map that it reads. With a ``basis`` it is mixing in that basis, including the changes
+        of basis.
         """
         mix, spatial = self.macs(shape, rank)
         if basis is not None:
             o, i, s, _ = shape
-            changed = (i * rank + o) if self.spatial_first else (i + o * rank)  # channels, each changed once
+            changed = (i * rank + o) if self.spatial_first else (i + o * rank)  # channels whose basis changes
             mix = o * i * rank * basis.macs + changed * s**2
         return (0, mix + spatial) if self.spatial_first else (mix, spatial)
 
@@ -154,7 +164,7 @@ class Form(ABC):
         return sum(math.prod(factor) for factor in self.factor_shapes(shape, rank))
 
     def generator(self, mix: Tensor, spatial: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
-        """The full filter ``[O, I, S, k, k]`` that the factors stand for; differentiable."""
+        """The full filter ``[O, I, S, k, k]`` of these factors; differentiable."""
         blocks, k2 = self.blocks(shape), shape.k**2
         rank = spatial.numel() // (blocks * k2)
         matrices = mix.reshape(blocks, rank, -1).mT @ spatial.reshape(blocks, rank, k2)
@@ -163,7 +173,7 @@ class Form(ABC):
     def factor(self, weight: Tensor, rank: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The best factors of that rank in the Frobenius norm: a truncated SVD of every block, in float64.
 
-        The singular values are shared evenly between the factors, so that both train at the same scale.
+        Each factor gets the square roots of the singular values, so that both train at the same scale.
 
         Returns:
             ``mix`` and ``spatial`` in float64.
@@ -187,17 +197,17 @@ class Form(ABC):
             raise InputError(f"rank {rank!r} is out of range for {of}; accepted: 1 to {self.max_rank(shape)}")
 
     def _channels(self, shape: FilterShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The sizes of the channel axes that the planar kernels depend on, and of the others."""
+        """The sizes of the channel axes that number the blocks, and of the others."""
         sizes = {"o": shape.out_channels, "i": shape.in_channels}
-        planar = tuple(sizes.pop(axis) for axis in self.block_axes)
-        return planar, tuple(sizes.values())
+        blocks = tuple(sizes.pop(axis) for axis in self.block_axes)
+        return blocks, tuple(sizes.values())
 
     def _blocks_first(self, tensor: Tensor) -> Tensor:
-        """Exchange the two leading axes, O and I, where the second is the one that the planar kernels depend on."""
+        """Exchange the two leading axes, O and I, where I numbers the blocks."""
         return tensor.transpose(0, 1) if self.block_axes == "i" else tensor
 
 
-def _frame(pixels: Tensor, order: int) -> Tensor:
-    """``[S k k]`` indices that take a kernel in its own frame back: ``K[t, y] = K'[t, t^-1 y]``."""
+def _from_input_frame(pixels: Tensor, order: int) -> Tensor:
+    """``[S k k]`` indices that undo the input frame: ``K[t, y] = K'[t, t^-1 y]``."""
     k2 = pixels.numel() // order
     return pixels + torch.arange(order, device=pixels.device).repeat_interleave(k2) * k2

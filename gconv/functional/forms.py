@@ -1,27 +1,29 @@
-"""The separable forms of a group-convolution filter: one place for each form's fold, factors, execution and cost.
+"""The separable forms of a group-convolution filter: the fold, the factors, the execution and the cost of each.
 
 A form folds the generator ``K [O, I, S, k, k]`` into one matrix per block, ``[blocks, rows, k k]``. A filter is
-separable of rank R when every block is a product of factors with inner dimension R; both factors are stored with
-shapes that say what they act on:
+separable of rank R if every block is a product of two factors with inner dimension R. The factors ``mix`` (of the
+group 1x1 mixing) and ``spatial`` (the spatial kernels) are stored in these shapes:
 
-=========  ============  ======  =========  ====================  ====================  ===================
-form       block         row     own frame  ``mix``               ``spatial``           runs as
-=========  ============  ======  =========  ====================  ====================  ===================
-g          each (o, i)   s       no         ``[O, I, R, S]``      ``[O, I, R, k, k]``   mix, then depthwise
-gc         each o        (i, s)  no         ``[O, R, I, S]``      ``[O, R, k, k]``      mix, then depthwise
-gc_in      each i        (o, t)  yes        ``[I, R, O, S]``      ``[I, R, k, k]``      depthwise, then mix
-g_turned   each (o, i)   t       yes        ``[O, I, R, S]``      ``[O, I, R, k, k]``   depthwise, then mix
-gc_turned  each o        (i, t)  yes        ``[O, R, I, S]``      ``[O, R, k, k]``      mix, then depthwise
-=========  ============  ======  =========  ====================  ====================  ===================
+=========  ============  ======  ===========  ====================  ====================  ======================
+form       block         row     input frame  ``mix``               ``spatial``           runs as
+=========  ============  ======  ===========  ====================  ====================  ======================
+g          each (o, i)   s       no           ``[O, I, R, S]``      ``[O, I, R, k, k]``   mixing, then depthwise
+gc         each o        (i, s)  no           ``[O, R, I, S]``      ``[O, R, k, k]``      mixing, then depthwise
+gc_in      each i        (o, t)  yes          ``[I, R, O, S]``      ``[I, R, k, k]``      depthwise, then mixing
+g_turned   each (o, i)   t       yes          ``[O, I, R, S]``      ``[O, I, R, k, k]``   depthwise, then mixing
+gc_turned  each o        (i, t)  yes          ``[O, R, I, S]``      ``[O, R, k, k]``      mixing, then depthwise
+=========  ============  ======  ===========  ====================  ====================  ======================
 
-``g`` and ``gc`` at rank 1 are the layers of Lengyel & van Gemert (ICIP 2021). The forms in their *own frame* first turn
-every kernel back by the element of the input map that it reads, ``K'[o, i, t, y] = K[o, i, t, t y]``. Expanding ``K'``
-gives ``K_s[o, i, s', y] = K'[o, i, s^-1 s', s'^-1 y]``: the planar part depends on the input element s' alone, where
-that of the others, ``d[s^-1 y]``, depends on the output element s. For ``gc_in``, that lets one planar kernel per input
-channel, turned by s', run *before* the mix.
+``g`` and ``gc`` at rank 1 are the layers of Lengyel & van Gemert (ICIP 2021). Their spatial kernels ``d[s^-1 y]``
+depend on the output element s.
 
-How a layer runs is a choice of its own and changes nothing but rounding: ``dense`` builds the full filter,
-``factorized`` is the last column, and ``irrep``, for ``gc`` and ``gc_in``, is that with the mix in the irreducible
+The other forms take every kernel in the frame of the input element that it reads: ``K'[o, i, t, y] = K[o, i, t, t y]``.
+The expansion of ``K'`` is ``K_s[o, i, s', y] = K'[o, i, s^-1 s', s'^-1 y]``, so their spatial kernels depend on the
+input element s' alone. That is why ``gc_in`` can run one spatial kernel per input channel, transformed by s', *before*
+the mixing.
+
+The execution is chosen separately and changes nothing but rounding. ``dense`` builds the full filter. ``factorized`` is
+the last column. ``irrep``, for ``gc`` and ``gc_in``, is the last column with the mixing in the irreducible
 representations of the group (:mod:`gconv.functional.mixing`).
 """
 
@@ -43,7 +45,7 @@ from .mixing import Basis, DirectMixing, IrrepMixing, Mixing
 
 
 class SharedPerPair(Form):
-    """``g``: one planar kernel for each (output, input) channel pair, shared along the group axis."""
+    """``g``: one spatial kernel for each (output, input) channel pair, shared along the group axis."""
 
     name = "g"
     block_axes = "oi"
@@ -59,7 +61,7 @@ class SharedPerPair(Form):
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
         o, i, rank, s = mix.shape
         k = spatial.shape[-1]
-        # Mix every input channel on its own, for every output channel: I groups with O S R outputs each.
+        # Each input channel is mixed alone, for every output channel: I groups with O S R outputs each.
         w = group_circulant(mix, tables.relative).permute(1, 0, 3, 2, 4).reshape(i * o * s * rank, s, 1, 1)
         return w, transformed(spatial.flatten(1, 2), tables.pixels).reshape(o * s, i * rank, k, k)
 
@@ -73,7 +75,7 @@ class SharedPerPair(Form):
 
 
 class SharedPerOutput(Form):
-    """``gc``: one planar kernel for each output channel, shared along the group axis and over input channels."""
+    """``gc``: one spatial kernel for each output channel, shared along the group axis and over input channels."""
 
     name = "gc"
     block_axes = "o"
@@ -87,15 +89,15 @@ class SharedPerOutput(Form):
         return maps * shape.in_channels * shape.order, maps * shape.k**2
 
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
-        # The axes are (o, r, i) and then what the group axis becomes.
-        return _mixing(mix, "oriuv->ruovi", "oriu,uab->raobi", tables, basis), _planes(spatial, tables)
+        # The axes are (o, r, i), then the one or two that the group axis becomes.
+        return _mixing(mix, "oriuv->ruovi", "oriu,uab->raobi", tables, basis), _depthwise(spatial, tables)
 
     def run(
         self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
     ) -> Tensor:
         mixing: Mixing = w
-        # One term of the sum after the other, each with a depthwise convolution, for which backends have a kernel. All
-        # terms at once and then their sum would also leave the memory format.
+        # Each term is a depthwise convolution, for which backends have a kernel. All terms in one convolution, and
+        # their sum, would also lose the memory format.
         return _sum(
             F.conv2d(mixed, plane, bias if number == 0 else None, *sampling, groups=len(plane))
             for number, (mixed, plane) in enumerate(zip(mixing.each(x), d.unbind(), strict=True))
@@ -112,7 +114,7 @@ class SharedPerOutput(Form):
 
 
 class SharedPerInput(Form):
-    """``gc_in``: one planar kernel for each input channel, turned by the element of the input map that it reads."""
+    """``gc_in``: one spatial kernel for each input channel, transformed by the input element that it reads."""
 
     name = "gc_in"
     block_axes = "i"
@@ -128,8 +130,8 @@ class SharedPerInput(Form):
         return maps * shape.out_channels * shape.order, maps * shape.k**2
 
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
-        # The axes are (i, r, o) and then what the group axis becomes.
-        return _mixing(mix, "irouv->ruovi", "irou,uab->raobi", tables, basis), _planes(spatial, tables)
+        # The axes are (i, r, o), then the one or two that the group axis becomes.
+        return _mixing(mix, "irouv->ruovi", "irou,uab->raobi", tables, basis), _depthwise(spatial, tables)
 
     def run(
         self, x: Tensor, w: Any, d: Tensor, bias: Tensor | None, shape: FilterShape, rank: int, sampling: Sampling
@@ -148,7 +150,7 @@ class SharedPerInput(Form):
 
 
 class RotatedPerPair(Form):
-    """``g_turned``: one planar kernel for each (output, input) channel pair, turned by the element that it reads."""
+    """``g_turned``: one spatial kernel for each (output, input) channel pair, transformed by the input element."""
 
     name = "g_turned"
     block_axes = "oi"
@@ -181,10 +183,10 @@ class RotatedPerPair(Form):
 
 
 class RotatedPerOutput(Form):
-    """``gc_turned``: one planar kernel for each output channel, turned by the element of the input map that it reads.
+    """``gc_turned``: one spatial kernel for each output channel, transformed by the input element that it reads.
 
-    As the planar part depends on s' and the mix on both s and s', there are maps for all pairs of elements: the planar
-    part costs S times that of ``gc``.
+    The spatial kernels depend on s' and the mixing depends on s and s', so there are maps for all pairs of elements.
+    The spatial part costs S times that of ``gc``.
     """
 
     name = "gc_turned"
@@ -201,7 +203,7 @@ class RotatedPerOutput(Form):
     def filters(self, mix: Tensor, spatial: Tensor, tables: Tables, basis: Basis | None = None) -> tuple[Any, Tensor]:
         o, rank, i, s = mix.shape
         k = spatial.shape[-1]
-        # S filters one after the other, one for the maps of each input element, with R S O outputs.
+        # S filters in a row, one for the maps of each input element, with R S O outputs.
         w = group_circulant(mix, tables.relative).permute(4, 1, 3, 0, 2).reshape(s * rank * s * o, i, 1, 1)
         d = transformed(spatial, tables.pixels).permute(1, 2, 0, 3, 4).unsqueeze(2).expand(s, rank, s, o, k, k)
         return w, d.reshape(s * rank * s * o, 1, k, k)
@@ -215,7 +217,7 @@ class RotatedPerOutput(Form):
             y = F.conv2d(F.conv2d(maps, w), d, None, *sampling, groups=len(d))
             return y if rank == 1 else y.unflatten(1, (rank, -1)).sum(1)
 
-        # One input element after the other: all at once would need maps S times the size.
+        # One input element after the other. All at once, the maps would need S times the memory.
         total = reduce(torch.add, map(of_element, x.chunk(s, 1), w.chunk(s), d.chunk(s)))
         return _biased(total, bias)
 
@@ -230,7 +232,7 @@ def form_named(name: str | Form) -> Form:
     """The form of that name (case-insensitive).
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such form.
     """
     if isinstance(name, Form):
         return name
@@ -240,10 +242,13 @@ def form_named(name: str | Form) -> Form:
 
 
 def check_execution(execution: str, form: Form | None = None) -> Execution:
-    """``execution`` if it is one of ``EXECUTIONS``, or one that a form has.
+    """Check that ``execution`` is one of ``EXECUTIONS`` and, if a form is given, that the form has it.
+
+    Returns:
+        ``execution``.
 
     Raises:
-        InputError: it is not.
+        InputError: it is unknown, or the form does not have it.
     """
     if execution not in EXECUTIONS:
         raise one_of("execution", execution, EXECUTIONS)
@@ -259,7 +264,7 @@ def check_execution(execution: str, form: Form | None = None) -> Execution:
 
 
 def _mixing(mix: Tensor, direct: str, in_blocks: str, tables: Tables, basis: Basis | None) -> Mixing:
-    """The mixes of a form, group-major; the two strings say, as of ``einsum``, where the axes of ``mix`` go."""
+    """The group 1x1 mixing of a form, group-major. The strings say, as for ``einsum``, where the axes of ``mix`` go."""
     if basis is None:
         before, after = direct.split("->")
         weights = group_circulant(mix, tables.relative).permute([before.index(axis) for axis in after])
@@ -269,7 +274,7 @@ def _mixing(mix: Tensor, direct: str, in_blocks: str, tables: Tables, basis: Bas
     return IrrepMixing(basis.basis.to(mix), basis.copies, tuple(w.flatten(3, 4).flatten(1, 2) for w in weights_of))
 
 
-def _planes(spatial: Tensor, tables: Tables) -> Tensor:
+def _depthwise(spatial: Tensor, tables: Tables) -> Tensor:
     """``[C, R, k, k]`` as the filters ``[R, S C, 1, k, k]`` of depthwise convolutions."""
     k = spatial.shape[-1]
     copies = transformed(spatial, tables.pixels).permute(2, 1, 0, 3, 4)
@@ -282,17 +287,17 @@ def _channel_major(x: Tensor, order: int) -> Tensor:
 
 
 def _group_major(x: Tensor, order: int, bias: Tensor | None) -> Tensor:
-    """The inverse, and a bias ``[S O]`` added."""
+    """The inverse of :func:`_channel_major`, plus a bias ``[S O]``."""
     return _biased(to_group_major(x.unflatten(1, (-1, order))), bias)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    # Under autocast the maps are in half precision and the bias is not. A convolution gives half precision then.
+    # Under autocast the maps are in half precision and the bias is not. A convolution returns half precision then.
     return x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:
-    """In place, as every term is fresh."""
+    """The sum, in place in the first term: nothing else has that."""
     total = next(terms)
     for term in terms:
         total += term
@@ -300,12 +305,12 @@ def _sum(terms: Iterator[Tensor]) -> Tensor:
 
 
 def group_circulant(mix: Tensor, relative: Tensor) -> Tensor:
-    """A mix as every output element sees it: ``[..., S]`` to ``[..., S, S]``, entry (s, s') being ``w[s^-1 s']``."""
+    """Group-circulant matrices: of a function ``w [..., S]`` on the group ``[..., S, S]``, with ``w[s^-1 s']``."""
     s = mix.shape[-1]
     return mix.reshape(-1, s).index_select(1, relative).view(*mix.shape, s)
 
 
 def transformed(spatial: Tensor, pixels: Tensor) -> Tensor:
-    """All turned copies of planar kernels: ``[A, B, k, k]`` to ``[A, S, B, k, k]``, copy s being ``d[s^-1 y]``."""
+    """The transformed copies ``d[s^-1 y]`` of spatial kernels: ``[A, B, k, k]`` to ``[A, S, B, k, k]``."""
     k = spatial.shape[-1]
     return spatial.flatten(2).index_select(2, pixels).unflatten(2, (-1, k, k)).transpose(1, 2)

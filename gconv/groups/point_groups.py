@@ -1,10 +1,11 @@
 """The groups that act exactly on the square pixel grid, and the index tables that expand filters under them.
 
-A group here is a point group H (rotations by 90 degrees and flips); together with the translations it makes the plane
-groups p1 (written z2), p2, p4, pm, pmm and p4m. Element ``s = 4 m + r`` of p4m means: rotate by ``r`` x 90 degrees
-counter-clockwise, then, if ``m``, reverse the rows. The other groups are subgroups and keep that order.
+A group here is a point group H of rotations by 90 degrees and flips. Together with the translations it makes one of
+the plane groups p1 (written z2), p2, p4, pm, pmm and p4m. Element ``s = 4 m + r`` of p4m means: rotate by ``r`` x 90
+degrees counter-clockwise, then, if ``m`` is 1, reverse the rows. The other groups are subgroups with their elements in
+the same order.
 
-Everything is derived from the 2x2 integer matrices of the elements: a new group is one new line in ``_ELEMENTS``.
+Everything is computed from the 2x2 integer matrices of the elements, so a new group is one new line in ``_ELEMENTS``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _matrix(element: int) -> IntArray:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Group:
-    """A point group H acting on the pixel grid. Obtain one with :func:`group`; there is one object per name.
+    """A point group H that acts on the pixel grid. Get one with :func:`group`.
 
     Attributes:
         name: one of ``GROUPS``.
@@ -77,7 +78,7 @@ class Group:
     def __repr__(self) -> str:
         return f"group({self.name!r})"
 
-    # There is one object per name, also after copying or unpickling, so identity is equality.
+    # A copied or unpickled group is the object that group() returns for the name.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Group) and self.name == other.name
 
@@ -88,7 +89,7 @@ class Group:
         return group, (self.name,)
 
     def reversed_axes(self) -> tuple[bool, bool]:
-        """Which of the (row, column) axes some element reverses: only those must be sampled symmetrically."""
+        """Which of the (row, column) axes some element reverses. Only these must be sampled symmetrically."""
         rows, columns = (bool((self.matrices[:, axis] < 0).any()) for axis in (0, 1))
         return rows, columns
 
@@ -97,15 +98,15 @@ class Group:
         return _pixel_table(self.name, k)
 
     def relative_table(self) -> IntArray:
-        """``[S, S]`` table, entry ``[s, s']`` is the index of ``s^-1 s'``: the group axis seen from element s."""
+        """``[S, S]`` table, entry ``[s, s']`` is the index of ``s^-1 s'``: the position of s' relative to s."""
         return self.product[self.inverse]
 
     def expansion_table(self, k: int, *, lifting: bool = False) -> IntArray:
-        """Where each entry of the expanded filter is found in its generator.
+        """The index in the generator of each entry of the expanded filter ``K_s[s', y] = K[s^-1 s', s^-1 y]``.
 
         Returns:
-            ``[S, S_in, k k]`` indices into the flattened generator ``[S_in k k]`` with
-            ``K_s[s', y] = K[s^-1 s', s^-1 y]``; S_in is 1 for a lifting filter (the input is planar), else S.
+            ``[S, S_in, k k]`` indices into the flattened generator ``[S_in k k]``. S_in is 1 for a lifting filter,
+            which reads planar maps, and S for other filters.
         """
         pixels = self.pixel_table(k)
         if lifting:
@@ -116,7 +117,7 @@ class Group:
 @cache
 def _pixel_table(name: str, k: int) -> IntArray:
     owner = group(name)
-    # Twice the centred coordinates, so that even kernels stay in whole numbers.
+    # Twice the centred coordinates, which are whole numbers also for kernels of even size.
     axis = 2 * np.arange(k) - (k - 1)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
     sources = np.einsum("sab,yb->sya", owner.matrices[owner.inverse], points)
@@ -139,7 +140,7 @@ def _build(name: str) -> Group:
 
 
 def group(name: str | Group) -> Group:
-    """The group of that name (case-insensitive), or ``name`` itself if it already is one.
+    """The group of that name (case-insensitive). A group is returned unchanged.
 
     Raises:
         InputError: the name is not one of ``GROUPS``.

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from numbers import Integral
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from gconv.functional.expansion import (
     Sampling,
-    Tables,
     expand,
     from_group_major,
     gconv2d,
@@ -32,23 +28,20 @@ from gconv.kernels.separable_conv import Kernel, kernel_of
 from gconv.kernels.small_conv import convolve
 from gconv.system.errors import InputError
 
+from .arguments import at_least, refuse_options, square
+from .index_tables import IndexedModule
 from .packed_weights import PackedCache, PackedWeights, RunConfig
-from .symbolic import is_proxy, is_traced_alone, node_of
+from .symbolic import is_traced_alone, node_of
 
 _PIXELS = FORMS["gc_in"]
 
 
-class GroupConvBase(nn.Module, ABC):
-    """What the layers share: arguments checked once, index tables, bias, the shapes of input and output.
+class GroupConvBase(IndexedModule, ABC):
+    """What all layers share: the arguments, the index tables, the bias, and the forward pass.
 
-    The tables are non-persistent buffers: they follow the module to its device and never enter the state dict.
-
-    What the convolutions need is made from the parameters in every forward pass, but for eval mode without gradients
-    on a CPU: there it is kept for as long as the parameters equal those that it was made from. Neither the state dict
-    nor a copy or a pickle has it, and a layer that goes back to training lets it go.
-
-    Attributes:
-        execution: ``"dense"``, ``"factorized"`` or ``"irrep"``; dense but for some separable layers.
+    A forward pass makes the filters of its convolutions from the parameters. In eval mode without gradients on a CPU
+    the filters are kept for the next passes, until a parameter differs by value from what they were made from. State
+    dicts, copies and pickles do not have them, and they are dropped when the layer goes back to training.
     """
 
     bias: nn.Parameter | None
@@ -56,10 +49,6 @@ class GroupConvBase(nn.Module, ABC):
     _factors: ClassVar[tuple[str, ...]]  # the names of the filter's parameters
     _execution: Execution = "dense"
     _cache: PackedCache | None = None
-    _expansion: Tensor
-    _relative: Tensor
-    _pixels: Tensor
-    _lifting = False
 
     def __init__(
         self,
@@ -78,17 +67,16 @@ class GroupConvBase(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._refuse_options(bias, groups, padding_mode)
-        self.in_channels = _at_least(1, "in_channels", in_channels)
-        self.out_channels = _at_least(1, "out_channels", out_channels)
-        self.kernel_size = _square(1, "kernel_size", kernel_size)
-        self.stride = _square(1, "stride", stride)
-        self.padding = _square(0, "padding", padding)
-        self.dilation = _square(1, "dilation", dilation)
+        refuse_options(type(self).__name__, bias, groups, padding_mode)
+        self.in_channels = at_least(1, "in_channels", in_channels)
+        self.out_channels = at_least(1, "out_channels", out_channels)
+        self.kernel_size = square(1, "kernel_size", kernel_size)
+        self.stride = square(1, "stride", stride)
+        self.padding = square(0, "padding", padding)
+        self.dilation = square(1, "dilation", dilation)
         self.group = find_group(group)
         self.bias = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
-        for name, table in self._new_tables(device)._asdict().items():
-            self.register_buffer(f"_{name}", table, persistent=False)
+        self._add_tables(device)
         self._add_filter({"device": device, "dtype": dtype})
         self.reset_parameters()
 
@@ -98,7 +86,7 @@ class GroupConvBase(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw new values for all parameters."""
 
     @property
     def filter_shape(self) -> FilterShape:
@@ -118,7 +106,7 @@ class GroupConvBase(nn.Module, ABC):
 
     @property
     def dense_macs(self) -> int:
-        """Multiply-accumulates an output position of the convolution with the expanded filter."""
+        """Multiply-accumulates per output position of the convolution with the expanded filter."""
         return self.out_channels * self.group.order * self.fan_in
 
     def macs(self, execution: str | None = None) -> tuple[int, int]:
@@ -143,62 +131,6 @@ class GroupConvBase(nn.Module, ABC):
             raise InputError(f"{type(self).__name__} has no execution {execution!r}; accepted: dense")
         return "dense"
 
-    def _refuse_options(self, bias: object, groups: object, padding_mode: object) -> None:
-        """Raise InputError for the options of ``nn.Conv2d`` that these layers do not have."""
-        name = type(self).__name__
-        if not isinstance(bias, (bool, np.bool_)):
-            where = "After dilation comes bias, not groups as in nn.Conv2d"
-            raise InputError(f"bias of {name} is {bias!r}; give True or False. {where}")
-        if groups != 1:
-            way = 'SeparableGConv2d with form="gc" has fewer parameters too'
-            raise InputError(f"{name} has no channel groups, got groups={groups!r}; leave groups out. {way}")
-        if padding_mode != "zeros":
-            way = f"pad its input with torch.nn.functional.pad(x, (p, p, p, p, 0, 0), mode={padding_mode!r}) instead"
-            raise InputError(f"{name} pads with zeros only, got padding_mode={padding_mode!r}; {way}")
-
-    @property
-    def tables(self) -> Tables:
-        """The index tables of this layer's group and kernel size, on the device of its parameters."""
-        return self._tables_at(next(self.parameters()).device)
-
-    def _tables_at(self, device: torch.device) -> Tables:
-        # A layer on the meta device may run with parameters of another one, put in place by functional_call.
-        here = self._pixels.device == device
-        return Tables(self._expansion, self._relative, self._pixels) if here else self._new_tables(device)
-
-    def _new_tables(self, device: torch.device | str | None) -> Tables:
-        return Tables.build(self.group, self.kernel_size[0], lifting=self._lifting, device=device)
-
-    def _fill_tables(self, device: torch.device) -> None:
-        self._cache = None  # made with the former tables
-        for name, table in self._new_tables(device)._asdict().items():
-            setattr(self, f"_{name}", table)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every move of a module, be it to a device, a type or a memory format."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            try:
-                return fn(tensor)
-            except RuntimeError:
-                # channels_last, which is for maps of 4 axes. Factors and generators of 5 axes keep their order.
-                if tensor.dim() != 5:
-                    raise
-                return fn(tensor.flatten(1)).view(tensor.shape)
-
-        before = self._pixels
-        super()._apply(moved, recurse)
-        if self._pixels is not before:  # to_empty() gives memory without values
-            self._fill_tables(self._pixels.device)
-        return self
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
-        # A layer on the meta device gets parameters of another device with assign=True. No state dict has the tables.
-        for parameter in self.parameters(recurse=False):
-            if parameter.device != self._pixels.device:
-                self._fill_tables(parameter.device)
-
     def _reset_bias(self) -> None:
         """Draw the bias as ``nn.Conv2d`` does."""
         if self.bias is not None:
@@ -212,12 +144,20 @@ class GroupConvBase(nn.Module, ABC):
             raise InputError(f"{type(self).__name__} got an input of shape {list(x.shape)}; accepted: {accepted}")
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """The layer's output ``[N, O, S, H', W']``; plus a map of that shape, and then ReLU, if asked.
+        """The layer's output.
+
+        Args:
+            x: a map, in the shape that the class states.
+            residual: a map with the shape of the output, which is added to it.
+            relu: whether to apply ReLU at the end.
+
+        Returns:
+            ``[N, O, S, H', W']``.
 
         Raises:
-            InputError: the input's shape does not fit.
+            InputError: the input has another shape.
         """
-        if is_proxy(x):
+        if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return self._node(x, residual, relu)
         self._check_input(x)
         if x.dim() == 4 and not self._lifting:
@@ -235,12 +175,12 @@ class GroupConvBase(nn.Module, ABC):
                 (packed,) = self._prepared(RunConfig(self._execution, True, kernel), parameters).filters
                 return kernel.forward(x, packed, residual, relu)
         else:
-            y = self.forward(x)
+            y = GroupConvBase.forward(self, x)
         y = y if residual is None else y + residual
         return relu_of(y) if relu else y
 
     def _node(self, x: Any, residual: Any, relu: Any) -> Any:
-        """The layer in a graph of ``torch.fx``; on its own it is its definition, a function of its parameters."""
+        """The layer in a graph of ``torch.fx``: one node, or its definition where the layer itself is traced."""
         if is_traced_alone(self, x):
             return _by_definition(x, self.weight, self.bias, self.group.name, self.sampling, residual, relu)
         overridden = type(self).forward is not GroupConvBase.forward
@@ -251,11 +191,11 @@ class GroupConvBase(nn.Module, ABC):
         """The filters of the convolutions, from the parameters."""
 
     def _expanded(self, weight: Tensor, channels_last: bool) -> Tensor:
-        """The dense filter in the memory format of the maps, or every call of the convolution would copy it there."""
+        """The expanded filter in the memory format of the maps. In another one, each convolution would copy it."""
         return expand(weight, self._tables_at(weight.device).expansion, group_major=True, channels_last=channels_last)
 
     def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:
-        """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``: here one with the expanded filter."""
+        """The convolutions, ``[N, S_in I, H, W]`` to ``[N, S O, H', W']``. Here it is one, with the expanded filter."""
         (weight,) = prepared.filters
         return convolve(x, weight, prepared.bias, *self.sampling)
 
@@ -267,12 +207,12 @@ class GroupConvBase(nn.Module, ABC):
 
     @property
     def runs_in_irreps(self) -> bool:
-        """Whether the compiled kernel, where it is, is to run the whole filter as mixes of pixels; see GConv2d."""
+        """Whether the compiled kernel runs the full filter as group 1x1 mixing of single pixels (:class:`GConv2d`)."""
         whole = self._execution == "dense" and not self._lifting
         return whole and mixes_pay(self.group, self.filter_shape)
 
     def _kernel(self) -> Kernel | None:
-        """The compiled kernel, where it is to run this layer."""
+        """The compiled kernel for this layer; None if PyTorch's operations run it."""
         if not self.runs_in_irreps:
             return None
         o, i, s, k = self.filter_shape
@@ -280,22 +220,23 @@ class GroupConvBase(nn.Module, ABC):
         return kernel_of(self.group, sizes, True, self.bias is not None)
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
-        """The mix and the planar kernels that it takes."""
+        """The factors that the compiled kernel reads: the group mixing and the spatial kernels."""
         o, i, s, k = self.filter_shape
         mix = _PIXELS.fold(self.weight, self.tables.pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
         pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
         return mix, pixels
 
     def _kernel_for(self, x: Tensor, parameters: list[Tensor]) -> Kernel | None:
-        """The compiled kernel, if that is to run this layer and takes the map and the parameters."""
+        """The compiled kernel for this layer, if it supports the map and the parameters."""
         kernel = self._kernel()
         usual = kernel is not None and is_supported(x, *parameters) and kernel.is_supported(x)
         return kernel if usual else None
 
     def _plain_parameters(self, x: Tensor) -> list[Tensor] | None:
-        """The parameters, on a CPU; None where what is not seen here may come with a map, or stands in for them.
+        """The parameters of a layer on a CPU that nothing transforms; None for all others.
 
-        These are compilers and tracers, and tensors of other types: of functional calls, parametrisations, tracers.
+        None under compilers and tracers, and where a parameter is not an ``nn.Parameter``, because a functional call or
+        a parametrisation has put another tensor in its place.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:  # type: ignore[attr-defined]
             return None
@@ -310,10 +251,10 @@ class GroupConvBase(nn.Module, ABC):
         return own
 
     def _prepared(self, how: RunConfig, parameters: list[Tensor] | None) -> PackedWeights:
-        """What runs, made anew or kept from before."""
+        """The packed weights, kept from an earlier pass where that is possible."""
         if parameters is None:
             return self._prepare(how)
-        # Autocast may round what is prepared.
+        # Under autocast the packed weights may be in half precision.
         if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             if self._cache is not None:
                 self._cache = None
@@ -324,8 +265,11 @@ class GroupConvBase(nn.Module, ABC):
             self._cache = cache
         return cache.prepared
 
+    def _forget(self) -> None:
+        self._cache = None
+
     def train(self, mode: bool = True) -> Self:
-        """As of any module; what is kept in eval mode is let go."""
+        """Set the mode as for any module. Training drops the filters that eval mode has kept."""
         if mode:
             self._cache = None
         return super().train(mode)
@@ -348,7 +292,7 @@ class GroupConvBase(nn.Module, ABC):
         return {name: value for name, value in super().__getstate__().items() if name != "_cache"}
 
     def _settings(self) -> dict[str, Any]:
-        """The constructor's keywords that make a layer of the same shape, group and sampling."""
+        """Keywords of the constructor for a layer of the same shape, group and sampling."""
         like = next(self.parameters())
         return {
             "in_channels": self.in_channels,
@@ -390,18 +334,3 @@ def _by_definition(
     y = gconv2d(x, weight, bias, group, sampling)
     y = y if residual is None else y + residual
     return relu_of(y) if relu else y
-
-
-def _at_least(low: int, name: str, value: object) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-        raise InputError(f"{name} is {value!r}; accepted: a whole number of at least {low}")
-    return int(value)
-
-
-def _square(low: int, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """An int or a pair of equal ints, as a pair."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or pair[0] != pair[1]:
-        raise InputError(f"{name} is {value!r}; accepted: a whole number, or a pair of equal ones (square only)")
-    size = _at_least(low, name, pair[0])
-    return size, size

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv.functional.expansion import (
@@ -21,30 +21,35 @@ from gconv.kernels.library import is_supported
 from gconv.system.distributed import processes, sum_over_processes
 from gconv.system.errors import InputError
 
-from .symbolic import is_proxy, is_traced_alone, node_of
+from .symbolic import is_traced_alone, node_of
 
 _aten = torch.ops.aten
 
 
 class GroupBatchNorm2d(_BatchNorm):
-    """Batch norm with one mean, variance and affine pair per channel, shared over the group axis and the plane.
+    """Batch norm with one mean, variance, weight and bias per channel, shared over the group axis and the plane.
 
-    Sharing over the group axis is what keeps it equivariant. Input and output ``[N, C, S, H, W]`` or planar
-    ``[N, C, H, W]``. Arguments, parameters and state dict as ``nn.BatchNorm2d``. In a distributed run
-    (``torch.distributed`` is initialised) the statistics are those of the batches of all processes together.
+    It is equivariant because the group axis shares them. Input and output are ``[N, C, S, H, W]`` or planar
+    ``[N, C, H, W]``. Arguments, parameters and state dict are those of ``nn.BatchNorm2d``. When ``torch.distributed``
+    is initialised, the statistics are those of the batches of all processes together.
     """
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
-        """The normalised map; with ``relu`` the ReLU of it, which in training takes fewer passes over memory.
+        """The normalised map.
+
+        Args:
+            input: ``[N, C, S, H, W]`` or ``[N, C, H, W]``.
+            relu: whether to apply ReLU too. In training this takes fewer passes over memory than a ReLU afterwards.
 
         Raises:
-            InputError: the input is not a map.
-            ValueError: as of ``nn.BatchNorm2d``, in training on a single value per channel.
+            InputError: the input has another number of axes.
+            ValueError: a single value per channel in training, as for ``nn.BatchNorm2d``.
         """
-        if is_proxy(input):
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):
             return self._node(input, relu)
         if input.dim() not in (4, 5):
-            raise InputError(f"GroupBatchNorm2d got an input of shape {list(input.shape)}; accepted: [N, C, S, H, W]")
+            accepted = "[N, C, S, H, W] or [N, C, H, W]"
+            raise InputError(f"GroupBatchNorm2d got an input of shape {list(input.shape)}; accepted: {accepted}")
         x = to_group_major(input)
         order = x.shape[1] // input.shape[1]
         if not (self.training or self.running_mean is None):
@@ -67,7 +72,7 @@ class GroupBatchNorm2d(_BatchNorm):
         return node_of(self, x, _forward_without_hooks, overridden, relu=relu)
 
     def _eval_forward(self, x: Tensor, order: int, relu: bool) -> Tensor:
-        """By the running statistics."""
+        """Normalise with the running statistics."""
         assert self.running_mean is not None and self.running_var is not None
         given = self.weight, self.bias, self.running_mean, self.running_var
         plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -106,9 +111,9 @@ def _forward_without_hooks(layer: GroupBatchNorm2d, x: Tensor, relu: bool = Fals
 
 
 def _elements_as_images(x: Tensor, order: int) -> Tensor:
-    """Group-major ``[N, S C, H, W]`` as ``[N S, C, H, W]``, channels-last ``[N H W S, C]``: as batch norm takes it.
+    """Group-major ``[N, S C, H, W]`` as ``[N S, C, H, W]``, or as ``[N H W S, C]`` if it is channels-last; a view.
 
-    A view. On a GPU it is fast so; on a CPU it is not.
+    The batch norm of PyTorch is fast on this layout on a GPU. On a CPU it is not.
     """
     if x.stride(1) == 1:
         return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1] // order)
@@ -116,29 +121,29 @@ def _elements_as_images(x: Tensor, order: int) -> Tensor:
 
 
 def _planar(y: Tensor, like: Tensor) -> Tensor:
-    """The inverse."""
+    """The inverse of :func:`_elements_as_images`, in the shape of ``like``."""
     n, c, h, w = like.shape
     return y.view(n, h, w, c).permute(0, 3, 1, 2) if y.dim() == 2 else y.view(n, c, h, w)
 
 
 def _is_slow_natively(x: Tensor) -> bool:
-    """Whether PyTorch's kernel for maps with a group axis would copy this one first: the layers' are group-major.
+    """Whether PyTorch's kernel for maps of five axes would copy this one first, as it does with group-major maps.
 
-    Channels-last, on a CPU, it is many times slower besides; and compilers are told wrongly in which order the native
-    kernel leaves such a map.
+    For channels-last maps on a CPU that kernel is also many times slower. Compilers assume another memory format for
+    its output than it has, so under them it counts as slow.
     """
     return torch.compiler.is_compiling() or (type(x) is Tensor and not x.is_contiguous())
 
 
 def _precision(x: Tensor) -> torch.dtype:
-    """Of the statistics, as PyTorch has it: its own, but for half-precision maps single."""
+    """The type of the statistics, as in PyTorch: that of the map, but float32 for maps in half precision."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _normalise(
     x: Tensor, weight: Tensor, bias: Tensor, order: int, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """What :class:`_Normalise` does in one process, in operations that compilers know and fuse."""
+    """The same as :class:`_Normalise` in one process, in operations that compilers know and fuse."""
     maps = x.unflatten(1, (order, -1))
     var, mean = torch.var_mean(maps.to(_precision(x)), (0, 1, 3, 4), correction=0)
     shape = (1, 1, -1, 1, 1)
@@ -148,10 +153,10 @@ def _normalise(
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch norm of group-major ``[N, S C, H, W]``, and ReLU if asked; S maps, and all processes, share statistics.
+    """Batch norm of group-major ``[N, S C, H, W]``, and ReLU if asked. S maps, and all processes, share statistics.
 
-    On a CPU the time goes into passes over the maps, and into new memory for them, so there is as little of both as
-    possible: by compiled functions, or as PyTorch's operations allow.
+    On a CPU most of the time goes into passes over the maps and into new memory for them. So compiled functions, or
+    else suitable operations of PyTorch, do it with few passes and little memory.
     """
 
     @staticmethod
@@ -180,7 +185,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, var, y = ctx.saved_tensors
         order, eps, count = ctx.order, ctx.eps, ctx.count
-        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: the native operation has one
+        if torch.is_grad_enabled():  # a second derivative is wanted, which PyTorch's batch norm has
             if processes() > 1:
                 raise InputError("batch norm has no second derivatives in a distributed run")
             again = F.batch_norm(from_group_major(x, order), None, None, weight, bias, training=True, eps=eps)
@@ -194,7 +199,8 @@ class _Normalise(torch.autograd.Function):
         grad = grad if y is None else _aten.threshold_backward(grad, y, 0)
         dw, db = sums = _sums(grad, x, mean, var, order, eps)
         total = sum_over_processes(sums.clone())
-        # As if mean and variance were constants, and then what depends on x through them: a line in x for each map.
+        # The gradient for constant mean and variance is a multiple of grad. Their dependence on x adds a function
+        # slope x + offset for each map.
         inverse = (var + eps).rsqrt()
         factor = weight * inverse
         slope, offset = (total * (factor / -count)).to(mean.dtype)
@@ -208,11 +214,11 @@ class _Normalise(torch.autograd.Function):
 
 
 _CHUNK = 1 << 14
-"""Values of a map that are summed in one go: the kernels add up in single precision, one after the other."""
+"""So many values of a map are summed at once, because the kernels add them in single precision one after the other."""
 
 
 def _of_maps(values: tuple[Tensor, ...], order: int) -> tuple[Tensor, ...]:
-    """What the channels have, for each of their S maps."""
+    """Values of the channels ``[C]``, repeated for the S maps of each channel: ``[S C]``."""
     return torch.stack(values).repeat(1, order).unbind()
 
 
@@ -221,7 +227,7 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _is_compiled(x: Tensor, order: int, *parameters: Tensor | None) -> bool:
-    """Whether the compiled passes are for this map and what its channels have, each ``[C]``."""
+    """Whether the compiled functions support this map and its parameters, each ``[C]``."""
     usual = is_supported(x, *parameters) and has_channels_last_strides(x)
     return usual and all(of is not None and order * len(of) == x.shape[1] for of in parameters)
 
@@ -242,12 +248,12 @@ def _statistics(x: Tensor, order: int) -> tuple[Tensor, Tensor, int]:
     n, _, height, width = x.shape
     parts = _chunks(x)
     found = [_aten.batch_norm_update_stats(part.to(_precision(x)), None, None, 0.0) for part in parts]
-    # One row for each chunk and element, with the share of the whole that it is of.
+    # One row for each chunk and element, weighted by its share of all values.
     channels = x.shape[1] // order
     means, variances = (torch.cat(values).view(-1, channels).double() for values in zip(*found, strict=True))
     shares = [len(part) / (n * order) for part in parts for _ in range(order)]
     share = torch.tensor(shares, dtype=means.dtype, device=means.device)
-    # By way of the second moment about a common point.
+    # Variances about different means cannot be averaged, second moments about a common point can.
     mean = share @ means
     second = share @ (variances + (means - mean).square())
     count = n * order * height * width

@@ -13,7 +13,7 @@ from .packed_weights import RunConfig
 
 
 class FullConvBase(GroupConvBase):
-    """A layer with the whole generator as its ``weight``, initialised as ``nn.Conv2d`` is at the expanded width."""
+    """A layer with the full generator as its ``weight``. It starts as an ``nn.Conv2d`` of the expanded width does."""
 
     weight: nn.Parameter
     _factors = ("weight",)
@@ -23,7 +23,7 @@ class FullConvBase(GroupConvBase):
         self.weight = nn.Parameter(torch.empty(o, i, s_in, k, k, **like))
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias uniformly from ``+- 1 / sqrt(fan_in)``, fan_in counting the group axis."""
+        """Draw weight and bias uniformly from ``+- 1 / sqrt(fan_in)``. The group axis counts in fan_in."""
         bound = 1 / math.sqrt(self.fan_in)
         nn.init.uniform_(self.weight, -bound, bound)
         self._reset_bias()
@@ -33,25 +33,29 @@ class FullConvBase(GroupConvBase):
 
 
 class LiftingConv2d(FullConvBase):
-    """From planar maps to the group: every planar kernel is applied in all its S turned copies.
+    """From planar maps to the group: the kernels are applied in all their S transformed copies.
 
-    Input ``[N, I, H, W]`` (or ``[N, I, 1, H, W]``), output ``[N, O, S, H', W']``; ``weight [O, I, 1, k, k]``,
-    ``bias [O]``. Arguments as ``nn.Conv2d``, square only: a pair must have equal entries, as must every quarter turn.
+    Input ``[N, I, H, W]`` (or ``[N, I, 1, H, W]``), output ``[N, O, S, H', W']``. The parameters are
+    ``weight [O, I, 1, k, k]`` and ``bias [O]``. Arguments are those of ``nn.Conv2d``, but the two entries of a pair
+    must be equal, because a quarter turn exchanges them.
 
     Args:
         in_channels: I.
         out_channels: O.
         kernel_size: k.
-        stride: exact equivariance needs ``(n + 2 padding - dilation (k - 1) - 1) % stride == 0`` on maps of size n.
+        stride: step between output pixels. Exact equivariance needs
+            ``(n + 2 padding - dilation (k - 1) - 1) % stride == 0`` on maps of size n.
         padding: zeros added on each side.
         dilation: distance between kernel entries.
         bias: whether to learn an offset per channel, shared over the group axis.
         group: one of ``gconv.GROUPS``.
+        groups: 1. The layers have no channel groups.
+        padding_mode: ``"zeros"``. The layers have no other padding.
         device: where the parameters are made.
         dtype: their type.
 
     Raises:
-        InputError: an argument is out of range, not square, or an unknown group.
+        InputError: an argument is out of range, a pair has unequal entries, or the group is unknown.
     """
 
     _lifting = True
@@ -61,9 +65,10 @@ class GConv2d(FullConvBase):
     """Group convolution with the full filter: ``y[o, s] = sum_i sum_s' x[i, s'] * K_s[o, i, s'] + b[o]``.
 
     Input ``[N, I, S, H, W]``, output ``[N, O, S, H', W']``; ``weight [O, I, S, k, k]`` and ``bias [O]`` as in GrouPy.
-    Arguments and errors as :class:`LiftingConv2d`.
+    Arguments and errors are those of :class:`LiftingConv2d`.
 
-    A full filter is a ``gc_in`` filter of rank ``k k``, whose planar kernels pick one pixel each. Where that has less
-    than half the multiply-accumulates of the expanded filter, its mixes being in the irreducible representations of the
-    group, the compiled kernel runs the layer so. :meth:`macs` counts the expanded filter all the same.
+    A full filter is also a ``gc_in`` filter of rank ``k k``, whose spatial kernels select one pixel each. Run so, with
+    its group 1x1 mixing in the irreducible representations of the group, it can have less than half the
+    multiply-accumulates of the expanded filter. Then the compiled kernel runs it so. :meth:`macs` counts the expanded
+    filter in any case.
     """

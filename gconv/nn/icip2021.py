@@ -1,7 +1,8 @@
 """The layer names of the ICIP 2021 code (and GrouPy's), with their signature.
 
-``(in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True)``; ``P4ConvZ2`` and ``P4MConvZ2`` lift planar
-maps, the others map group to group; prefix ``g`` or ``gc`` is the separable form, of rank 1.
+The arguments by position are ``(in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True)``. ``P4ConvZ2``
+and ``P4MConvZ2`` lift planar maps. The others map group to group. The prefix ``g`` or ``gc`` is the separable form, of
+rank 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .separable_conv import SeparableGConv2d
 
 
 class _Signature:
-    """Mixin: positional order of the ICIP layers, the keywords of the class statement fixed."""
+    """Mixin for the argument order of the ICIP layers. Keywords of the class statement are fixed arguments."""
 
     _fixed: ClassVar[dict[str, str]] = {}
 

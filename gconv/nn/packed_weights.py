@@ -12,7 +12,7 @@ from gconv.kernels.separable_conv import Kernel
 
 
 class RunConfig(NamedTuple):
-    """How a layer runs: its execution, the memory format of the maps, and the compiled kernel, if that does it."""
+    """How a layer runs: its execution, the memory format of the maps, and the compiled kernel if that runs it."""
 
     execution: Execution
     channels_last: bool
@@ -20,11 +20,10 @@ class RunConfig(NamedTuple):
 
 
 class PackedWeights(NamedTuple):
-    """What the convolutions of a layer take beside the input: their filters, and the bias along the group axis.
+    """What the convolutions of a layer need beside the input: their filters, and the bias along the group axis.
 
-    All group-major, as the maps are inside the layers (:mod:`gconv.functional.expansion`). For the compiled kernel the
-    one filter
-    is all that it packs.
+    Both are group-major, as the maps inside the layers are (:mod:`gconv.functional.expansion`). The compiled kernel
+    packs filters and bias into one tensor, which is then the only filter.
     """
 
     filters: tuple[Any, ...]
@@ -32,14 +31,14 @@ class PackedWeights(NamedTuple):
 
 
 class PackedCache(NamedTuple):
-    """What was prepared, and from what: how the layer runs, and copies of the parameters."""
+    """Packed weights, and what they were made from: how the layer ran, and copies of the parameters."""
 
     how: RunConfig
     parameters: list[Tensor]
     prepared: PackedWeights
 
     def is_of(self, how: RunConfig, parameters: list[Tensor]) -> bool:
-        """Whether these are still the same, by value: no version counter sees every way to change a parameter."""
+        """Whether they are still right. Parameters are compared by value, as no version counter sees every change."""
         pairs = zip(parameters, self.parameters, strict=False)
         return (
             how == self.how

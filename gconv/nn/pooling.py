@@ -10,7 +10,7 @@ from gconv.system.errors import InputError
 
 
 class GroupMaxPool(nn.Module):
-    """Maximum over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``, on which only pixels move."""
+    """Maximum over the group axis: ``[N, C, S, H, W]`` to planar ``[N, C, H, W]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _group_max(x)
@@ -24,13 +24,13 @@ class GroupMeanPool(nn.Module):
 
 
 class SpatialMaxPool2d(nn.Module):
-    """``nn.MaxPool2d`` on maps with or without a group axis; the group axis is kept.
+    """``nn.MaxPool2d`` on maps ``[N, C, S, H, W]`` or ``[N, C, H, W]``. It pools each element's maps by themselves.
 
     Args:
-        kernel_size: side of the square window.
+        kernel_size: side of the square window, in pixels.
         stride: step of the window, by default its side. Exact equivariance needs
             ``(n + 2 padding - kernel_size) % stride == 0`` on maps of size n.
-        padding: margin on each side, ignored by the maximum.
+        padding: margin on each side. The maximum ignores it.
     """
 
     def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0) -> None:
@@ -53,7 +53,7 @@ class SpatialMeanPool2d(nn.Module):
         return x.mean((-2, -1))
 
 
-# Functions of their own, which torch.fx takes as they are: it cannot follow a choice by the shape of a map.
+# torch.fx records a call of these functions and does not look into them. It could not follow a choice by the shape.
 
 
 @fx.wrap

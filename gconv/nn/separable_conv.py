@@ -27,17 +27,18 @@ _Layer = TypeVar("_Layer", bound=GroupConvBase)
 class SeparableGConv2d(GroupConvBase):
     """Group convolution with a filter of rank R in one of the separable forms (:mod:`gconv.functional.forms`).
 
-    Input and output as :class:`GConv2d`. Parameters ``mix`` and ``spatial`` have the shapes listed in
-    :mod:`gconv.functional.forms`; ``bias [O]``. Further arguments as :class:`LiftingConv2d`, and:
+    Input and output are those of :class:`GConv2d`. The parameters are ``mix`` and ``spatial``, with the shapes that
+    :mod:`gconv.functional.forms` lists, and ``bias [O]``. The arguments are those of :class:`LiftingConv2d`, and:
 
     Args:
         form: ``"g"``, ``"gc"``, ``"gc_in"``, ``"g_turned"`` or ``"gc_turned"``.
         rank: R, from 1 to ``form.max_rank(filter_shape)``.
-        execution: ``"factorized"`` runs mix and planar kernels one after the other; ``"irrep"`` does so with the mix in
-            the irreducible representations of the group (``gc`` and ``gc_in``); ``"dense"`` builds the full filter and
-            runs as :class:`GConv2d` does. Same output to rounding. Default: the form's own, or ``"irrep"`` where the
-            form has it and the size is one at which that is the faster way. On the tensor cores of a GPU ``"irrep"``
-            mixes directly too, as it does under ``torch.compile`` where there are few channels.
+        execution: how the layer computes its output; the result is the same to rounding. ``"factorized"`` runs the
+            group 1x1 mixing and the spatial kernels one after the other. ``"irrep"``, for ``gc`` and ``gc_in``, does so
+            with the mixing in the irreducible representations of the group. ``"dense"`` builds the full filter and
+            runs as :class:`GConv2d` does. By default it is ``"irrep"`` where the form has it and it is faster at this
+            size, and otherwise the form's own. On the tensor cores of a GPU, and under ``torch.compile`` where there
+            are few channels, ``"irrep"`` mixes directly.
     """
 
     _factors = ("mix", "spatial")
@@ -89,7 +90,7 @@ class SeparableGConv2d(GroupConvBase):
 
     @staticmethod
     def default_execution(form: Form, group: Group, out_channels: int, in_channels: int, stride: int = 1) -> Execution:
-        """How a layer of this form and size runs unless it is told."""
+        """The execution of a layer of this form and size that was given none."""
         pays = in_basis_pays(group, out_channels, in_channels, stride)
         if pays is None:  # no kernel
             pays = basis_of(group).pays(out_channels, in_channels)
@@ -102,16 +103,16 @@ class SeparableGConv2d(GroupConvBase):
         self.spatial = nn.Parameter(torch.empty(spatial, **like))
 
     def reset_parameters(self) -> None:
-        """Draw the factors so that the *filter they stand for* has the variance of the full layer's.
+        """Draw new factors such that their *filter* has the variance of the full layer's filter.
 
-        Each factor is drawn as the convolution that it runs as would be; then both are scaled alike, so that the mean
-        square of the filter is exactly ``1 / (3 fan_in)``, the variance that ``nn.Conv2d`` draws with.
+        Each factor is drawn as ``nn.Conv2d`` would draw it as a convolution of its own. Then both are multiplied by one
+        number that makes the mean square of the filter exactly ``1 / (3 fan_in)``, the variance of a full filter.
         """
         self._reset_bias()
         fan_ins = self.form.fan_ins(self.filter_shape, self.rank)
         for factor, fan_in in zip((self.mix, self.spatial), fan_ins, strict=True):
             nn.init.uniform_(factor, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        if self.mix.is_meta:  # nothing to scale, and PyTorch would load its compiler for it: seconds
+        if self.mix.is_meta:  # there is nothing to scale, and PyTorch would load its compiler, which takes seconds
             return
         with torch.no_grad():
             scale = (3 * self.fan_in * self.weight.square().mean()) ** -0.25
@@ -120,7 +121,7 @@ class SeparableGConv2d(GroupConvBase):
 
     @property
     def weight(self) -> Tensor:
-        """The generator ``[O, I, S, k, k]`` that the factors stand for; differentiable, computed on each access."""
+        """The generator ``[O, I, S, k, k]`` of these factors. It is differentiable, and computed at each access."""
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self.tables.pixels)
 
     def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
@@ -129,10 +130,10 @@ class SeparableGConv2d(GroupConvBase):
         mix, spatial = self.mix, self.spatial
         basis = self._basis_for(self._execution)
         if basis is not None and torch.compiler.is_compiling():
-            # Without the compiled kernel they pay only where there are many channels.
+            # Without the compiled kernel, irreducible representations pay only where there are many channels.
             basis = basis if basis.pays(self.out_channels, self.in_channels) else None
         elif basis is not None:
-            # What the irreducible representations save are multiply-accumulates; on tensor cores the mix is direct.
+            # They save multiply-accumulates, which cost little on tensor cores.
             basis = None if on_tensor_cores(mix) else basis_like(self.group, mix)
         return self.form.filters(mix, spatial, self._tables_at(mix.device), basis)
 
@@ -156,15 +157,15 @@ class SeparableGConv2d(GroupConvBase):
         return self._basis if execution == "irrep" else None
 
     def macs(self, execution: str | None = None) -> tuple[int, int]:
-        """As in the base class, under this ``execution`` or, by default, the layer's own."""
+        """As in the base class, for this ``execution``, by default the layer's own."""
         execution = check_execution(self.execution if execution is None else execution, self.form)
         if execution == "dense":
             return super().macs()
         return self.form.macs_by_map(self.filter_shape, self.rank, self._basis_for(execution))
 
     def to_dense(self) -> GConv2d:
-        """The full layer with the same output; its parameters are copies."""
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+        """The full layer with the same output. Its parameters are copies."""
+        with torch.random.fork_rng(devices=[]):  # the random values are replaced
             full = GConv2d(**self._settings())
         return _copy_into(full, self, weight=self.weight)
 
@@ -213,10 +214,10 @@ class SeparableGConv2d(GroupConvBase):
         Args:
             layer: a full or a separable layer.
             form: the form that the factors are of.
-            mix: with the shape that :meth:`Form.factor_shapes <gconv.functional.forms.Form.factor_shapes>` states;
-            copied.
-            spatial: likewise; it tells the rank.
-            bias: ``[O]``, for a layer that has one; by default the layer's own.
+            mix: with the shape that :meth:`Form.factor_shapes <gconv.functional.form_base.Form.factor_shapes>` states.
+                It is copied.
+            spatial: likewise. Its shape tells the rank.
+            bias: ``[O]``, for a layer that has one. By default the layer's own.
             execution: as in the constructor.
 
         Raises:
@@ -231,9 +232,9 @@ class SeparableGConv2d(GroupConvBase):
             given = f"factors of shape {list(mix.shape)} and {list(spatial.shape)} do not fit form {form.name!r}"
             raise InputError(f"{given}; accepted at rank {rank}: {list(shapes[0])} and {list(shapes[1])}")
         if bias is not None and (layer.bias is None or bias.shape != layer.bias.shape):
-            accepted = "none, as the layer has none" if layer.bias is None else list(layer.bias.shape)
-            raise InputError(f"a bias of shape {list(bias.shape)} does not fit; accepted: {accepted}")
-        with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+            way = "Leave it out, as the layer has none" if layer.bias is None else f"Give {list(layer.bias.shape)}"
+            raise InputError(f"a bias of shape {list(bias.shape)} does not fit. {way}.")
+        with torch.random.fork_rng(devices=[]):  # the random values are replaced
             separable = SeparableGConv2d.like(layer, form, rank, execution)
         replaced = {"mix": mix, "spatial": spatial} | ({} if bias is None else {"bias": bias})
         return _copy_into(separable, layer, **replaced)
@@ -246,7 +247,7 @@ class SeparableGConv2d(GroupConvBase):
 
 
 def _copy_into(target: _Layer, source: GroupConvBase, **parameters: Tensor) -> _Layer:
-    """Give ``target`` these parameters, the mode of ``source``, and its bias unless another one is given."""
+    """Copy into ``target`` these parameters, the mode of ``source``, and its bias if none is among the parameters."""
     if source.bias is not None:
         parameters = {"bias": source.bias, **parameters}
     with torch.no_grad():
@@ -258,4 +259,4 @@ def _copy_into(target: _Layer, source: GroupConvBase, **parameters: Tensor) -> _
 def _check_separable(layer: nn.Module) -> None:
     if not isinstance(layer, (GConv2d, SeparableGConv2d)):
         given = type(layer).__name__
-        raise InputError(f"a {given} cannot be separated; accepted: a group-to-group layer, full or separable")
+        raise InputError(f"a {given} cannot be separated. Give a GConv2d or a SeparableGConv2d.")

@@ -10,12 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
-
-
-def is_proxy(x: Tensor) -> bool:
-    """Whether a tracer calls the layer."""
-    return type(x) is not Tensor and isinstance(x, Proxy)
 
 
 def is_traced_alone(layer: nn.Module, x: Any) -> bool:
