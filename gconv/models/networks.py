@@ -137,7 +137,7 @@ class Model(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1),
                 nn.Conv2d(out_channels, out_channels, kernel_size, groups=out_channels, **kwargs),
             )
-        # A 1x1 filter is its own mix: separating it would only add parameters.
+        # A 1x1 filter has no spatial part to share: separating it would only add parameters.
         if self.spec.separable is None or kernel_size == 1:
             return GConv2d(in_channels, out_channels, kernel_size, group=self.spec.group, **kwargs)
         return SeparableGConv2d(
