@@ -263,7 +263,6 @@ OF_SEVERAL_MODULES = {
     "tests/gconv/kernels/test_gpu.py",
     "tests/gconv/nn/test_compile.py",
     "tests/gconv/nn/test_module_behaviour.py",
-    "tests/gconv/nn/test_norm_pool.py",
     "tests/gconv/training/test_full_disk.py",
 }
 
