@@ -115,7 +115,7 @@ def _command(args: argparse.Namespace) -> None:
     with loading():
         from analysis.conversion.splits import splits_for
         from gconv.models import checkpoint
-        from gconv.training.loop import environment, pick_device
+        from gconv.training.device import environment, pick_device
 
     training = _training(args)
     device = pick_device(args.device)

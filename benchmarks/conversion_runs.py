@@ -24,8 +24,8 @@ from analysis.fitting.bn_recalibration import reestimate_batchnorm
 from analysis.fitting.distillation import finetune
 from gconv.system.files import atomic_path
 from gconv.training.datasets import Dataset, Split, load_dataset
+from gconv.training.device import environment
 from gconv.training.evaluation import evaluate
-from gconv.training.loop import environment
 
 RECORDS = Path(__file__).parent / "records" / "conversion"
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"

@@ -34,7 +34,7 @@ from gconv.experiments import tables
 from gconv.system.cli import Parser
 from gconv.system.files import atomic_path
 from gconv.training.datasets import Split
-from gconv.training.loop import environment
+from gconv.training.device import environment
 
 from .conversion_runs import CHECKPOINTS, WIDE
 

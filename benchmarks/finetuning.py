@@ -29,8 +29,9 @@ from analysis import convert
 from analysis.fitting.distillation import Distillation, DistilledLoss, finetuning_recipe
 from gconv.experiments import tables
 from gconv.training.datasets import Dataset
+from gconv.training.device import environment
 from gconv.training.evaluation import evaluate
-from gconv.training.loop import environment, fit
+from gconv.training.loop import fit
 
 from .conversion_runs import CHECKPOINTS, EPOCHS, HELD_OUT, run_by_default
 from .recording import command

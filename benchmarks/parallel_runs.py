@@ -19,7 +19,7 @@ from gconv.experiments.runs import Run, load_records
 from gconv.experiments.workers import execute
 from gconv.system.cli import Parser, number
 from gconv.system.files import atomic_path, check_output
-from gconv.training.loop import environment
+from gconv.training.device import environment
 
 
 def seconds(runs: Sequence[Run], jobs: int) -> list[float]:

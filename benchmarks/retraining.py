@@ -31,8 +31,9 @@ from analysis import convert
 from analysis.fitting.distillation import Distillation, DistilledLoss
 from analysis.plots.training_curves import line_styles
 from gconv.experiments import runs, tables
+from gconv.training.device import environment
 from gconv.training.evaluation import evaluate
-from gconv.training.loop import environment, fit
+from gconv.training.loop import fit
 
 from .recording import command
 
@@ -96,7 +97,7 @@ def record(run: Run) -> dict[str, Any]:
         history = {"retraining": fit(small, images, recipe, seed=run.seed, label="from scratch")}
         return _described(run, data, recipe, small, {"retrained": evaluate(small, data.test).error}, history)
     recipe = replace(gconv.RECIPES["published"], epochs=EPOCHS, decay_epoch=round(0.8 * EPOCHS))
-    full_recipe = replace(recipe, separability=run.separability, separability_form=FORM)
+    full_recipe = replace(recipe, low_rank_penalty=run.separability, low_rank_form=FORM)
     kept = WORK / f"p4cnn_{EPOCHS}epochs_separability{run.separability:g}_seed{run.seed}.pt"
     if not kept.exists():
         torch.manual_seed(run.seed)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from analysis.latency.timing import machine
-from gconv.training.loop import environment
+from gconv.training.device import environment
 
 TURN_SECONDS = 0.02
 """The least seconds of a turn: short calls are repeated, as they are within a network."""

@@ -213,10 +213,7 @@ def test_a_right_tree_is_left_in_peace(tmp_path: Path) -> None:
 
 # Those that are too long still, each by its path and, for a function, its name.
 LONG = {
-    "gconv/experiments/runs.py perform",
     "gconv/nn/base.py",
-    "gconv/train.py",
-    "gconv/training/loop.py fit",
 }
 
 

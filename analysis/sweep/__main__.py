@@ -97,7 +97,7 @@ def _rows(
     with loading():
         from analysis.conversion.splits import splits_for
         from gconv.models import checkpoint
-        from gconv.training.loop import pick_device
+        from gconv.training.device import pick_device
 
         from . import rows as sweeping
 

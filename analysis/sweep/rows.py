@@ -22,7 +22,7 @@ from analysis.conversion.splits import Splits
 from analysis.latency.timing import machine
 from gconv.system.errors import InputError
 from gconv.training.datasets import Split
-from gconv.training.loop import environment
+from gconv.training.device import environment
 
 from .files import COLUMNS, Row, continued, output_paths, write_json, write_tables
 from .units import BUDGETS, COSTS, ERRORS, checked_budgets, requested

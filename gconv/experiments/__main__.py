@@ -1,4 +1,4 @@
-"""``python -m gconv.experiments``: whole experiments, one training run and one record at a time, and their tables.
+"""``python -m gconv.experiments``: do the training runs of an experiment, or print its table.
 
 Experiments that need the same run share its record (:mod:`gconv.experiments.runs`).
 """
@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         PROG,
         f"Run an experiment ({', '.join(EXPERIMENTS)}), or print its table.\n\n"
-        "Every run is a training from its recipe on the train and validation images, and leaves one JSON record. What\n"
-        "is recorded already is not run again, and a run that was stopped continues, so the command can be stopped\n"
-        "with Ctrl-C at any time and given again. On a CPU there are as many runs at once as cores, one thread each.",
+        "An experiment is a list of training runs. Each run leaves one JSON record, and a run that has a record is\n"
+        "not done again. The command can be stopped with Ctrl-C at any time: given again, it continues. On a CPU\n"
+        "there are as many runs at once as cores, with one thread each.",
         "  python -m gconv.experiments rotmnist --data rotmnist-regen --seeds 5\n"
         "  python -m gconv.experiments rotmnist --models p4cnn,gc-p4cnn --seeds 3 --jobs 1\n"
         "  python -m gconv.experiments rotmnist table > table.md\n"
@@ -38,13 +38,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("experiment", metavar="EXPERIMENT", help="one of " + ", ".join(EXPERIMENTS))
     p.add_argument("action", nargs="?", default="run", metavar="run | table", help="default run")
     p.add_argument("--data", default="rotmnist-regen", help="name of the data set, default rotmnist-regen")
-    p.add_argument("--seeds", type=number(int, 1, 10**6), default=3, help="seeds 0, 1, … of every run, default 3")
-    p.add_argument("--models", metavar="A,B,…", help="only these of its models")
-    p.add_argument("--jobs", type=number(int, 1, 10**4), help="runs at once, default the cores (a GPU: 1)")
+    p.add_argument("--seeds", type=number(int, 1, 10**6), default=3, help="how many seeds, from 0 on, default 3")
+    p.add_argument("--models", metavar="A,B,…", help="only these models of the experiment")
+    p.add_argument("--jobs", type=number(int, 1, 10**4), help="runs at once, default one per core (on a GPU 1)")
     p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    p.add_argument("--records", metavar="DIR", default=str(FOLDER), help=f"where records are, default {FOLDER}")
-    p.add_argument("--work", metavar="DIR", default=str(WORK), help=f"where the networks are kept, default {WORK}")
-    p.add_argument("--csv", action="store_true", help="the table as CSV, not as Markdown")
+    p.add_argument("--records", metavar="DIR", default=str(FOLDER), help=f"folder of the records, default {FOLDER}")
+    p.add_argument("--work", metavar="DIR", default=str(WORK), help=f"folder of the networks, default {WORK}")
+    p.add_argument("--csv", action="store_true", help="print the table as CSV instead of Markdown")
     return p
 
 

@@ -1,4 +1,4 @@
-"""The tables of :mod:`gconv.experiments`, made from its records, beside the published numbers."""
+"""The tables of the experiments, made from their records, beside the published numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Rows = list[dict[str, str]]
 
 
 class Published(NamedTuple):
-    """A row of Lengyel & van Gemert (ICIP 2021), table 1: on the official rotated MNIST archive.
+    """A row of table 1 of Lengyel & van Gemert (ICIP 2021), measured on the official rotated MNIST archive.
 
     Attributes:
         error: mean test error in per cent.
-        deviation: its standard deviation over seeds.
-        parameters: of the network.
-        macs: millions of multiply-accumulates of an image.
-        memory: MB of a forward and a backward pass at batch 2.
+        deviation: standard deviation of the test error over seeds.
+        parameters: parameters of the network.
+        macs: multiply-accumulates per image, in millions.
+        memory: memory of a forward and a backward pass on two images, in MB.
     """
 
     error: float
@@ -48,7 +48,7 @@ _MB = 10**6
 
 
 def rotmnist(records: Sequence[Record]) -> Rows:
-    """The paper's first table: a row for each model, whether it has records or not."""
+    """The published table 1: a row for each model, also for one without records."""
     rows = []
     for model, published in PUBLISHED.items():
         own = [record for record in records if is_published(record, model)]
@@ -85,7 +85,7 @@ def rotmnist(records: Sequence[Record]) -> Rows:
 
 
 def data_efficiency(records: Sequence[Record]) -> Rows:
-    """Test error by the number of training images, with epochs and steps: a row for each number."""
+    """Test errors, with a row for each number of training images."""
     points = efficiency(records)
     models = [model for model in TABLE if any(model in by_model for by_model in points.values())]
     rows = []
@@ -100,7 +100,7 @@ def data_efficiency(records: Sequence[Record]) -> Rows:
 
 
 def efficiency(records: Sequence[Record]) -> dict[int, dict[str, list[Record]]]:
-    """The records of the data-efficiency experiment by number of images and by model."""
+    """The records of the data-efficiency experiment, by number of images and by model."""
     models = {model for model in TABLE if any(r["run"].images is not None for r in records if r["run"].model == model)}
     points: dict[int, dict[str, list[Record]]] = {}
     for record in sorted(records, key=lambda record: record["train_images"]):
@@ -111,14 +111,14 @@ def efficiency(records: Sequence[Record]) -> dict[int, dict[str, list[Record]]]:
 
 
 def is_published(record: Record, model: str, images: int | None = None) -> bool:
-    """Whether a record is of this model by the published recipe, on so many of the images or, if None, all."""
+    """Whether a record is of this model, the published recipe and this number of images (None: all of them)."""
     run = record["run"]
     alike = (run.model, run.recipe, run.images, run.epochs, run.held_out)
     return alike == (model, "published", images, None, False)
 
 
 def recipes(records: Sequence[Record]) -> Rows:
-    """Validation error of P4CNN by recipe: what each ingredient brings."""
+    """Validation errors of P4CNN, with a row for each recipe: what each ingredient brings."""
     return [
         {
             "recipe": recipe,
@@ -132,14 +132,14 @@ def recipes(records: Sequence[Record]) -> Rows:
 
 
 def by_recipe(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of the recipes experiment by recipe, in the order in which one is made from the other."""
+    """The records of the recipes experiment, by recipe, in the order of ``INGREDIENTS``."""
     own = [record for record in records if record["run"].held_out and record["run"].model == "p4cnn"]
     found = {recipe: [record for record in own if record["run"].recipe == recipe] for recipe in INGREDIENTS}
     return {recipe: some for recipe, some in found.items() if some}
 
 
 def modern(records: Sequence[Record]) -> Rows:
-    """Test error by the published and by the modern recipe."""
+    """Test errors with the published and with the modern recipe."""
     rows = []
     for model in ("p4cnn", "gc-p4cnn"):
         for recipe in ("published", "modern"):
@@ -172,10 +172,14 @@ TABLES: dict[str, Callable[[Sequence[Record]], Rows]] = {
 
 
 def table(experiment: str, records: Sequence[Record]) -> Rows:
-    """The rows of an experiment's table, from all records on one data set.
+    """The rows of the table of an experiment.
+
+    Args:
+        experiment: a name of ``TABLES``.
+        records: all records on one data set.
 
     Raises:
-        InputError: none of them is of the experiment.
+        InputError: none of the records belongs to the experiment.
     """
     rows = TABLES[experiment](records)
     if not rows:
@@ -184,7 +188,7 @@ def table(experiment: str, records: Sequence[Record]) -> Rows:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation (of n - 1) in per cent."""
+    """Mean and sample standard deviation, as text in per cent; empty without values."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -192,14 +196,14 @@ def spread(values: Sequence[float]) -> str:
 
 
 def seeds(*groups: Sequence[Record]) -> str:
-    """How many runs these groups have, as ``1 seed``, ``3 seeds`` or ``1 to 3 seeds``."""
+    """The number of records in each of these groups, as ``1 seed``, ``3 seeds`` or ``1 to 3 seeds``."""
     counts = sorted({len(group) for group in groups})
     span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{span} seed" + ("" if counts == [1] else "s")
 
 
 def as_markdown(rows: Rows) -> str:
-    """Rows of the same keys as a Markdown table; without rows, a line that says so."""
+    """Rows with the same keys as a Markdown table; without rows, a line that says so."""
     if not rows:
         return "*There are no records of this yet.*"
     lines = [tuple(rows[0]), ("---",) * len(rows[0]), *(tuple(row.values()) for row in rows)]
@@ -207,7 +211,7 @@ def as_markdown(rows: Rows) -> str:
 
 
 def as_csv(rows: Rows) -> str:
-    """Rows of the same keys as comma-separated values with a header."""
+    """Rows with the same keys as comma-separated values with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

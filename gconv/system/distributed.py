@@ -1,4 +1,4 @@
-"""What training on several processes needs of ``torch.distributed``; all of it does nothing in a single process."""
+"""Training in several processes with ``torch.distributed``. In a single process, nothing here has an effect."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .errors import InputError
 
 
 def processes() -> int:
-    """How many processes train together; 1 unless ``torch.distributed`` was initialised."""
+    """The number of processes that train together; 1 if ``torch.distributed`` is not initialised."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is; number 0 writes and prints."""
+    """The number of this process, from 0. Process 0 writes the files and prints."""
     return distributed.get_rank() if processes() > 1 else 0
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of these values of all processes, in place."""
+    """Replace the values by their sum over all processes, and return them."""
     if processes() > 1:
         distributed.all_reduce(values)
     return values
@@ -31,13 +31,16 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Take part in the run that ``torchrun`` started, if it did; gives the kind of device of this process.
+    """While this context is open, this process takes part in the run that ``torchrun`` started, if it started one.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``; every process takes the GPU of its local rank.
+        device: ``auto``, ``cpu`` or ``cuda``. Every process uses the GPU whose number is its local rank.
+
+    Yields:
+        The kind of device of this process; ``device`` as it is given where ``torchrun`` started no run.
 
     Raises:
-        InputError: a machine has fewer GPUs than processes.
+        InputError: the machine has fewer GPUs than processes.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
@@ -45,7 +48,9 @@ def joined(device: str) -> Iterator[str]:
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ["LOCAL_RANK"])
     if cuda and local >= torch.cuda.device_count():
-        raise InputError(f"process {local} of this machine has no GPU of its own; accepted: --device cpu, or fewer")
+        raise InputError(
+            f"process {local} of this machine has no GPU of its own; give --device cpu, or start fewer processes"
+        )
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         if cuda:

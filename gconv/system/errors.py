@@ -1,4 +1,4 @@
-"""The one exception that means "the input is at fault", shared by the library and the command lines."""
+"""The exception for bad input, which the library and the commands share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used.
+    """Something that the caller gave cannot be used.
 
-    The message is one line that names what was wrong, what was given and what is accepted. Command lines print it
-    and exit with code 2; from Python it is an ordinary ``ValueError``.
+    The message is one line. It says what was wrong, what was given, and what to give instead. A command prints it and
+    exits with 2. In Python it is an ordinary ``ValueError``.
     """
 
 
 def one_of(what: str, given: object, accepted: Iterable[object]) -> InputError:
-    """The error for a name outside a known list: ``unknown model 'x'; accepted: a, b, c``."""
+    """The error for a name that is not in a list, such as ``unknown model 'x'; accepted: a, b, c``."""
     return InputError(f"unknown {what} {str(given)!r}; accepted: {', '.join(map(str, accepted))}")

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and nothing of the user's is lost."""
+"""Writing files: no reader ever sees half a file, and no file of the user is lost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from .errors import InputError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends, or vanishes if it fails.
+    """A context with a temporary file to write, which replaces ``path`` at its end, or is removed after an error.
 
-    The temporary file keeps the suffix, as some writers choose the format by it. Missing parent folders are made.
+    The temporary file is in the folder of ``path``, and missing folders are made. It has the suffix of ``path``,
+    because some writers choose the format by the suffix.
+
+    Yields:
+        The path of the temporary file.
 
     Raises:
         InputError: the folder cannot be made or written to, or ``path`` is a folder.
@@ -43,15 +47,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_output(path: str | Path, *, force: bool) -> Path:
-    """``path``, if it may be written: nothing is there, or the user said that it may be replaced.
+    """Check that ``path`` can be written, before the work whose result it is for; returns it as a ``Path``.
+
+    Args:
+        path: the file; folders that do not exist yet will be made.
+        force: whether an existing file may be replaced.
 
     Raises:
-        InputError: something is there and ``force`` is False, or the nearest existing folder cannot be written to.
+        InputError: the file exists and ``force`` is False, or the nearest folder that exists cannot be written to.
     """
     path = Path(path)
     try:
         exists = path.exists()
-    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+    except OSError as error:  # the name is too long, or the folder may not be read
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     if exists and not force:
         raise InputError(f"{path} exists; choose another output or replace it with --force")

@@ -1,7 +1,7 @@
-"""The data sets by name: found, downloaded or made, always checked, and cut into train, validation and test.
+"""The data sets by name: found, downloaded or made, checked, and split into train, validation and test.
 
-Files are looked for in the directory that ``GCONV_DATA`` names, then in the cache, which downloads fill: the user's
-cache directory, or the one that ``GCONV_CACHE`` names.
+Files are looked for in the directory of the environment variable ``GCONV_DATA``, then in the cache. What is downloaded
+goes to the cache: the user's cache directory, or the directory of ``GCONV_CACHE``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Arrays = tuple[NDArray[Any], NDArray[np.int64]]
-"""Images [N, 28, 28], uint8 in 0..255 or float32 in [0, 1], and labels [N]."""
+"""Images ``[N, 28, 28]``, uint8 in 0..255 or float32 in [0, 1], and labels ``[N]``."""
 
 
 class Split(NamedTuple):
-    """Images [N, 1, 28, 28], float32 in [0, 1], and labels [N], int64."""
+    """Images ``[N, 1, 28, 28]``, float32 in [0, 1], and labels ``[N]``, int64."""
 
     images: Tensor
     labels: Tensor
@@ -39,10 +39,18 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set cut into the three splits that every experiment uses.
+    """A data set in the three splits that every experiment uses.
 
-    ``sha256`` names the data in a training record: the hex digest over all pixels as the data set stores them (uint8,
-    or float32 if its source is in floats) and then all labels (int64), each with train, validation and test in a row.
+    Attributes:
+        name: its name in ``DATASETS``.
+        description: what the images are and how they were made.
+        train: the images to learn from.
+        validation: the images to choose between recipes or networks.
+        test: the images for the final score.
+        sha256: identifies the data in a training record. It is the hex digest of all pixels as the data set stores them
+            (uint8, or float32 where its source has floats), then all labels (int64), each in the order train,
+            validation, test.
+        classes: the number of classes.
     """
 
     name: str
@@ -55,15 +63,22 @@ class Dataset:
 
     @property
     def train_and_validation(self) -> Split:
-        """Train followed by validation, for the final training once nothing is chosen any more."""
+        """Train followed by validation, for a training after which nothing is chosen any more."""
         import torch
 
         return Split(*map(torch.cat, zip(self.train, self.validation, strict=True)))
 
 
 class Source(NamedTuple):
-    """What a name stands for: ``files`` are looked for in ``folders``; ``load``, which may show a progress bar,
-    returns train, validation and test in a row."""
+    """What a name of ``DATASETS`` stands for.
+
+    Attributes:
+        description: what the images are and how they were made.
+        sizes: the numbers of train, validation and test images.
+        folders: where the files may be, below ``GCONV_DATA``; the first is the folder in the cache.
+        files: the names of the published files.
+        load: returns train, validation and test one after another; its argument is whether to show a progress bar.
+    """
 
     description: str
     sizes: tuple[int, int, int]
@@ -73,10 +88,14 @@ class Source(NamedTuple):
 
 
 def load_dataset(name: str, *, progress: bool = True) -> Dataset:
-    """Load a data set of ``DATASETS`` by name, in any case; ``progress`` shows a bar on stderr while it downloads.
+    """Load a data set by its name.
+
+    Args:
+        name: a name of ``DATASETS``, in upper or lower case.
+        progress: whether downloads show a progress bar on stderr.
 
     Raises:
-        InputError: an unknown name; a ``GCONV_DATA`` that is no directory or holds a malformed file; a failed download.
+        InputError: the name is unknown, ``GCONV_DATA`` is no directory or has a malformed file, or a download failed.
     """
     import torch
 
@@ -86,7 +105,7 @@ def load_dataset(name: str, *, progress: bool = True) -> Dataset:
     source = DATASETS[key]
     given = os.environ.get("GCONV_DATA")
     if source.files and given and not os.path.isdir(given):
-        raise InputError(f"GCONV_DATA is {given!r}, not a directory; accepted: a directory of data files, or unset")
+        raise InputError(f"GCONV_DATA is {given!r}, not a directory; set it to a directory of data files, or unset it")
     pixels, labels = source.load(progress)
     images = np.divide(pixels, 255, dtype=np.float32) if pixels.dtype == np.uint8 else pixels
     both = torch.from_numpy(images[:, None]), torch.from_numpy(labels)
@@ -95,13 +114,20 @@ def load_dataset(name: str, *, progress: bool = True) -> Dataset:
 
 
 def rotate(images: NDArray[np.uint8], angles: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Turn each image [N, H, W] by its angle [N] in radians, counter-clockwise as displayed, about the image's centre.
+    """Rotate each image by its angle about its centre.
 
-    Bilinear in float64, with zeros all around the image (so a border pixel fades out over one pixel and is not cut
-    off), rounded to the nearest integer.
+    The interpolation is bilinear in float64, with zeros outside the image, so that a border pixel fades out over one
+    pixel and is not cut off. The result is rounded to the nearest integer.
+
+    Args:
+        images: ``[N, H, W]``, uint8.
+        angles: ``[N]``, in radians, counter-clockwise on the screen.
+
+    Returns:
+        ``[N, H, W]``, uint8.
 
     Raises:
-        InputError: the images are not uint8 [N, H, W], or there is not one angle for each.
+        InputError: the images or the angles have another shape or type.
     """
     if images.dtype != np.uint8 or images.ndim != 3 or angles.shape != images.shape[:1]:
         given = f"{images.dtype} images {list(images.shape)} and angles {list(angles.shape)}"
@@ -109,11 +135,11 @@ def rotate(images: NDArray[np.uint8], angles: NDArray[np.float64]) -> NDArray[np
     height, width = images.shape[1:]
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
     y, x = np.arange(height)[:, None] - middle_y, np.arange(width) - middle_x
-    turned = np.empty_like(images)
+    rotated = np.empty_like(images)
     for start in range(0, len(images), 500):  # in blocks, so that the float64 temporaries stay small
         block = slice(start, start + 500)
         cos, sin = np.cos(angles[block])[:, None, None], np.sin(angles[block])[:, None, None]
-        # Each pixel looks back to where it came from; from beyond the border it sees zero, wherever exactly that is.
+        # The source of each pixel. Sources outside the image are all zero, so they are moved to just outside it.
         row = np.clip(cos * y + sin * x + middle_y, -1, height)
         column = np.clip(cos * x - sin * y + middle_x, -1, width)
         top, left = np.floor(row).astype(np.intp), np.floor(column).astype(np.intp)
@@ -122,21 +148,25 @@ def rotate(images: NDArray[np.uint8], angles: NDArray[np.float64]) -> NDArray[np
         above = np.ravel_multi_index((np.arange(len(padded))[:, None, None], top + 1, left + 1), padded.shape)
         rows = (above, above + padded.shape[2])
         upper, lower = ((1 - right) * padded.take(at) + right * padded.take(at + 1) for at in rows)
-        turned[block] = np.rint((1 - down) * upper + down * lower)
-    return turned
+        rotated[block] = np.rint((1 - down) * upper + down * lower)
+    return rotated
 
 
 def load_amat(path: str | Path | zipfile.Path) -> Arrays:
-    """Read one text file of the official rotated MNIST: images [N, 28, 28] float32 in [0, 1] and labels [N].
+    """Read one text file of the official rotated MNIST archive.
 
-    Pixels keep the file's order, row by row, as published experiments on the archive read them.
+    The pixels of an image are taken row by row, in the order of the file, as in the published experiments.
+
+    Returns:
+        Images ``[N, 28, 28]``, float32 in [0, 1], and labels ``[N]``.
 
     Raises:
         InputError: the file cannot be read, or not every line holds 784 numbers in [0, 1] and a label 0..9.
     """
     source = Path(path) if isinstance(path, str) else path
     try:
-        with source.open(encoding="ascii") as lines, warnings.catch_warnings(action="ignore"):  # if empty: see below
+        # The warning is about an empty file, which is refused below.
+        with source.open(encoding="ascii") as lines, warnings.catch_warnings(action="ignore"):
             table = np.loadtxt(lines, dtype=np.float32, comments=None, ndmin=2)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as rotated MNIST: {error}") from None
@@ -151,7 +181,7 @@ def load_amat(path: str | Path | zipfile.Path) -> Arrays:
 
 
 def _rotdigits(progress: bool) -> Arrays:
-    """scikit-learn's 8x8 digits, enlarged 2.5 times in the middle of 28x28 and turned; no digit occurs twice."""
+    """scikit-learn's 8x8 digits, enlarged 2.5 times in the middle of 28x28 and rotated; no digit occurs twice."""
     from sklearn.datasets import load_digits
 
     digits, labels = load_digits(return_X_y=True)
@@ -163,47 +193,47 @@ def _rotdigits(progress: bool) -> Arrays:
     return rotate(images[chosen], angles), labels[chosen].astype(np.int64)
 
 
-_MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-_MNIST_MD5 = {
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-_REGEN_SHA256 = "0b60197695301282720b851315fc4dd666677e7b20ea65bd1d230d51165f29d0"
+REGEN_SHA256 = "0b60197695301282720b851315fc4dd666677e7b20ea65bd1d230d51165f29d0"
 
 
 def _rotmnist_regen(progress: bool) -> Arrays:
-    """MNIST's train and test pooled, drawn from and turned; kept in the cache, as turning takes seconds."""
+    """Digits drawn from MNIST's train and test images together, and rotated. As that takes seconds, they are cached."""
     kept = _cache() / "rotmnist-regen.npz"
-    with contextlib.suppress(Exception):  # absent; or damaged, for which np.load has no one exception: made again
+    with contextlib.suppress(Exception):  # absent or damaged (np.load raises many types): made anew
         with kept.open("rb") as file, np.load(file) as stored:
             images, labels = stored["images"], stored["labels"]
-        if _digest(images, labels) == _REGEN_SHA256:
+        if _digest(images, labels) == REGEN_SHA256:
             return images, labels
-    pool = [_read_idx(_fetch("rotmnist-regen", _MNIST_URL + name, md5, progress)) for name, md5 in _MNIST_MD5.items()]
+    pool = [_read_idx(_fetch("rotmnist-regen", MNIST_URL + name, md5, progress)) for name, md5 in MNIST_MD5.items()]
     images, labels = np.concatenate(pool[::2]), np.concatenate(pool[1::2]).astype(np.int64)
     chosen, angles = _draw(2007, len(labels), sum(DATASETS["rotmnist-regen"].sizes))
     images, labels = rotate(images[chosen], angles), labels[chosen]
-    with contextlib.suppress(InputError), atomic_path(kept) as path:  # unwritable: made again next time
+    with contextlib.suppress(InputError), atomic_path(kept) as path:  # cannot be written: made anew next time
         np.savez_compressed(path, images=images, labels=labels)
     return images, labels
 
 
-_ROTMNIST_URL = "http://www.iro.umontreal.ca/~lisa/icml2007data/mnist_rotation_new.zip"
-_ROTMNIST_MD5 = "0f9a947ff3d30e95cd685462cbf3b847"  # its authors publish none; this is what other public loaders check
-_ROTMNIST_ROWS = {
+ROTMNIST_URL = "http://www.iro.umontreal.ca/~lisa/icml2007data/mnist_rotation_new.zip"
+ROTMNIST_MD5 = "0f9a947ff3d30e95cd685462cbf3b847"  # not published by its authors; other public loaders check the same
+ROTMNIST_ROWS = {
     "mnist_all_rotation_normalized_float_train_valid.amat": 12_000,
     "mnist_all_rotation_normalized_float_test.amat": 50_000,
 }
 
 
 def _rotmnist(progress: bool) -> Arrays:
-    """The official archive, from its two text files or, read in place, from the zip that holds them."""
+    """The official archive, from its two text files, or from the zip that has them, which is not unpacked."""
     parts = []
-    for file, rows in _ROTMNIST_ROWS.items():
+    for file, rows in ROTMNIST_ROWS.items():
         path: Path | zipfile.Path | None = next(_given("rotmnist", file), None)
-        path = path or zipfile.Path(_fetch("rotmnist", _ROTMNIST_URL, _ROTMNIST_MD5, progress), file)
+        path = path or zipfile.Path(_fetch("rotmnist", ROTMNIST_URL, ROTMNIST_MD5, progress), file)
         parts.append(load_amat(path))
         if len(parts[-1][1]) != rows:
             raise InputError(f"{path}: {len(parts[-1][1])} lines; the official file has {rows}")
@@ -220,19 +250,19 @@ DATASETS: dict[str, Source] = {
     "rotmnist-regen": Source(
         "Rotated MNIST regenerated from MNIST by the published recipe, not the official archive: the draws of digits "
         "and angles differ, so errors on it are not digit-for-digit comparable with published ones.",
-        (10_000, 2_000, 50_000), ("mnist",), tuple(_MNIST_MD5), _rotmnist_regen,
+        (10_000, 2_000, 50_000), ("mnist",), tuple(MNIST_MD5), _rotmnist_regen,
     ),
     "rotmnist": Source(
         "The official rotated MNIST archive (Larochelle et al., ICML 2007; the corrected mnist_rotation_new).",
-        (10_000, 2_000, 50_000), ("mnist_rotation_new", "rotmnist"), tuple(_ROTMNIST_ROWS), _rotmnist,
+        (10_000, 2_000, 50_000), ("mnist_rotation_new", "rotmnist"), tuple(ROTMNIST_ROWS), _rotmnist,
     ),
 }  # fmt: skip
-"""The known data sets by name; a new one is one entry here."""
+"""The known data sets by name. A new data set is one entry here."""
 
 
 def _fetch(dataset: str, url: str, md5: str, progress: bool) -> Path:
-    """The file of that address, with that md5: from ``GCONV_DATA``, else from the cache, else downloaded into it."""
-    import pooch  # here, as it brings a progress bar that warns in notebooks without widgets
+    """The file of an address and an md5: from ``GCONV_DATA``, else from the cache, else downloaded to the cache."""
+    import pooch  # not at the top: it imports a progress bar that warns in notebooks without widgets
 
     file = url.rpartition("/")[2]
     passed_over = ""
@@ -240,11 +270,11 @@ def _fetch(dataset: str, url: str, md5: str, progress: bool) -> Path:
         if pooch.file_hash(str(path), alg="md5") == md5:
             return path
         passed_over = f"{path} is damaged or another file, as its md5 is not the published one; "
-    pooch.get_logger().setLevel("WARNING")  # it would report every file; the progress bar is enough
+    pooch.get_logger().setLevel("WARNING")  # otherwise it reports every file, besides the progress bar
     target = _cache() / DATASETS[dataset].folders[0]
     try:
         return Path(pooch.retrieve(url, f"md5:{md5}", fname=file, path=target, progressbar=progress))
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+    except (OSError, ValueError) as error:  # the errors of requests are OSErrors, and a wrong hash is a ValueError
         reason = "not the published file: its md5 differs" if isinstance(error, ValueError) else type(error).__name__
         raise InputError(
             f"data set {dataset}: {passed_over}cannot download {url} to {target} ({reason}); "
@@ -254,7 +284,7 @@ def _fetch(dataset: str, url: str, md5: str, progress: bool) -> Path:
 
 
 def _given(dataset: str, file: str) -> Iterator[Path]:
-    """Where ``GCONV_DATA``, if set, holds the file: in the data set's folders of it, then in itself."""
+    """The file in ``GCONV_DATA``, if that is set: in the folders of the data set, or in the directory itself."""
     if given := os.environ.get("GCONV_DATA"):
         places = (Path(given, folder, file) for folder in (*DATASETS[dataset].folders, ""))
         yield from filter(Path.is_file, places)
@@ -267,14 +297,14 @@ def _cache() -> Path:
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """A gzipped IDX file of bytes: two zeros, the type 8, the number of axes, each axis's length, the values."""
+    """Read a gzipped IDX file of bytes: two zeros, the type 8, the number of axes, their lengths, the values."""
     content = gzip.decompress(path.read_bytes())
     shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
 def _draw(seed: int, pool: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Which ``count`` of ``pool`` pictures, none twice, and by what angle in [0, 2 pi) each is turned."""
+    """``count`` random indices below ``pool``, none twice, and a random angle in [0, 2 pi) for each."""
     rng = np.random.default_rng(seed)
     return rng.permutation(pool)[:count], rng.uniform(0, 2 * np.pi, size=count)
 

@@ -1,4 +1,4 @@
-"""Scoring a classifier on images held in memory, and whether they are images that it can be scored on."""
+"""Scoring a classifier on images held in memory, and checking that it can take them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """A classifier's result on a set of images: mean cross-entropy, and the wrong ones in per cent."""
+    """The result of a classifier on a set of images.
+
+    Attributes:
+        loss: mean cross-entropy.
+        error: wrongly classified images in per cent.
+        images: the number of images.
+    """
 
     loss: float
     error: float
@@ -28,13 +34,15 @@ class Score:
 
 
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: str | None = None) -> Score:
-    """Loss and error in eval mode, on the model's device and in its precision; the mode is put back afterwards.
+    """The loss and the error of a classifier in eval mode, on its device and in its precision.
+
+    Afterwards every part of the model is in the mode that it was in.
 
     Args:
         model: a classifier.
         split: images and labels.
-        batch_size: images at a time.
-        label: what a progress bar on stderr calls the work; none is shown without it.
+        batch_size: images per pass.
+        label: the name of the work on a progress bar on stderr; None for no bar.
 
     Raises:
         InputError: there are no images.
@@ -45,7 +53,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: st
     like = next(model.parameters())
     loss = wrong = 0.0
     with evaluating(model), torch.inference_mode():
-        hide = True if label is None else None  # None: hidden where stderr is not a terminal
+        hide = True if label is None else None  # None hides the bar where stderr is not a terminal
         for start in tqdm(range(0, count, batch_size), desc=label, disable=hide, leave=False, unit="batch"):
             labels = split.labels[start : start + batch_size].to(like.device, torch.int64)
             scores = model(split.images[start : start + batch_size].to(like))
@@ -55,21 +63,21 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 500, label: st
 
 
 def check_split(split: Split, model: nn.Module) -> None:
-    """Whether a network can learn from these images, or be scored on them.
+    """Check that a network can learn from these images, or be scored on them.
 
     Raises:
-        InputError: no images, not one label an image, images of another shape than the network takes, NaN or infinite
-            pixels, or labels that are not whole numbers in the range of its class scores.
+        InputError: there are no images; there is not one label for each image; the images have a shape that the network
+            does not take, or NaN or infinite pixels; or the labels are not whole numbers in the range of its classes.
     """
     images, labels = split
     if len(images) == 0:
         raise InputError("the data set has no images")
     if labels.shape != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
         given = f"{len(images):,} images and labels {list(labels.shape)} of {labels.dtype}"
-        raise InputError(f"{given}; accepted: one whole number an image")
+        raise InputError(f"{given}; give one whole number for each image")
     if not images.isfinite().all():
         first = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
-        raise InputError(f"image number {first} has NaN or infinite pixels; accepted: finite numbers")
+        raise InputError(f"image number {first} has NaN or infinite pixels; give finite numbers")
     with evaluating(model), torch.no_grad():
         try:
             classes = model(images[:1].to(next(model.parameters()))).shape[1]
@@ -77,4 +85,4 @@ def check_split(split: Split, model: nn.Module) -> None:
             accepted = f"; it takes {list(model.input_shape)}" if isinstance(model, Model) else f": {error}"
             raise InputError(f"the network cannot take images {list(images.shape[1:])}{accepted}") from error
     if labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"labels go from {labels.min()} to {labels.max()}; accepted: 0 to {classes - 1}")
+        raise InputError(f"labels go from {labels.min()} to {labels.max()}; give labels from 0 to {classes - 1}")

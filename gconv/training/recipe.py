@@ -1,4 +1,4 @@
-"""Recipes: how a network is trained, as plain data, and the named ones."""
+"""Recipes: how a network is trained, as plain data, and the recipes that have a name."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ SCHEDULES = ("step", "cosine")
 AUGMENTATIONS = ("none", "rotation", "affine")
 
 
+# The field names of older records and checkpoints, with what they are called now.
+_OLD_NAMES = {"separability": "low_rank_penalty", "separability_form": "low_rank_form"}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: Adam under a schedule of its rate. The defaults are the published rotated-MNIST run.
+    """How to train a network: with Adam, and a schedule for the learning rate.
+
+    The defaults are the published rotated-MNIST run.
 
     Attributes:
-        epochs: passes over the training images.
-        batch_size: images a step; the last step of an epoch takes what is left.
-        learning_rate: the highest.
-        weight_decay: Adam's L2 penalty.
-        decay_epoch: epochs at the full learning rate, of the schedule ``step``.
-        schedule: ``step``: a tenth of the rate from ``decay_epoch`` on; ``cosine``: the rate rises linearly during the
-            first tenth of all steps and then falls to zero as half a cosine.
-        augmentation: ``none``; ``rotation`` by a random angle; or ``affine``: that, and scaled and sheared by up to a
-            tenth and moved by up to a fourteenth of the image. Another draw for every image and epoch.
+        epochs: how many times the training images are seen.
+        batch_size: images per step. The last step of an epoch takes the rest.
+        learning_rate: the highest learning rate.
+        weight_decay: weight of Adam's L2 penalty.
+        decay_epoch: with the schedule ``step``, how many epochs the learning rate stays at its highest.
+        schedule: ``step`` divides the learning rate by ten after ``decay_epoch`` epochs. ``cosine`` lets it rise
+            linearly during the first tenth of all steps, and then fall to zero along half a cosine.
+        augmentation: ``none``; ``rotation``, by any angle; or ``affine``, which also scales and shears by up to a tenth
+            and shifts by up to a fourteenth of the image. Each image is augmented anew in each epoch.
         label_smoothing: share of the target that is spread evenly over the classes (Szegedy et al., 2016).
-        averaging: decay a step of the exponential average of all weights and batch-norm statistics, which is what is
-            scored and kept; 0 for none.
-        separability: weight of the penalty on what rank 1 of ``separability_form`` leaves out
-        (:mod:`gconv.training.regularization`).
-        separability_form: one of ``gconv.FORMS``.
+        averaging: decay, per step, of the exponential moving average of all weights and batch-norm statistics. The
+            averaged network is the one that is scored and kept. 0 for no average.
+        low_rank_penalty: weight of the penalty that pulls full filters towards rank 1 of ``low_rank_form``
+            (:func:`gconv.training.regularization.rank1_residual`).
+        low_rank_form: one of ``gconv.FORMS``.
+
+    Raises:
+        InputError: a value that is not one of these.
     """
 
     epochs: int = 50
@@ -43,8 +52,8 @@ class Recipe:
     augmentation: str = "none"
     label_smoothing: float = 0.0
     averaging: float = 0.0
-    separability: float = 0.0
-    separability_form: str = "gc"
+    low_rank_penalty: float = 0.0
+    low_rank_form: str = "gc"
 
     def __post_init__(self) -> None:
         for what, given, accepted in (
@@ -55,16 +64,16 @@ class Recipe:
                 raise one_of(what, given, accepted)
         for what, count, least in (("epochs", self.epochs, 0), ("batch_size", self.batch_size, 1)):
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise InputError(f"{what} is {count!r}; accepted: a whole number of at least {least}")
-        for what in ("learning_rate", "weight_decay", "separability"):
+                raise InputError(f"{what} is {count!r}; give a whole number of at least {least}")
+        for what in ("learning_rate", "weight_decay", "low_rank_penalty"):
             if not 0 <= getattr(self, what) < math.inf:
-                raise InputError(f"{what} is {getattr(self, what)!r}; accepted: a number of at least 0")
+                raise InputError(f"{what} is {getattr(self, what)!r}; give a number of at least 0")
         for what, share in (("label_smoothing", self.label_smoothing), ("averaging", self.averaging)):
             if not 0 <= share < 1:
-                raise InputError(f"{what} is {share!r}; accepted: 0 to below 1")
+                raise InputError(f"{what} is {share!r}; give a number of at least 0 and below 1")
 
     def rate(self, epoch: int, progress: float = 0.0) -> float:
-        """The learning rate in epoch number ``epoch``, counted from 0, after this share of its steps."""
+        """The learning rate in an epoch, counted from 0, when the share ``progress`` of its steps is done."""
         if self.schedule == "step":
             return self.learning_rate * (0.1 if epoch >= self.decay_epoch else 1.0)
         done = (epoch + progress) / self.epochs
@@ -73,7 +82,7 @@ class Recipe:
         return self.learning_rate * share
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a record: what a run has in common with every other, and the rest where it is not default."""
+        """This recipe as plain data for a record: the fields that every record has, and those that are not default."""
         always = ("epochs", "batch_size", "learning_rate", "weight_decay", "decay_epoch", "schedule")
         default = Recipe()
         used = {key: value for key, value in asdict(self).items() if key in always or value != getattr(default, key)}
@@ -81,17 +90,18 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """The recipe that :meth:`to_dict` described.
+        """The recipe that :meth:`to_dict` described, in this version or an older one.
 
         Raises:
-            InputError: there is something else in it.
+            InputError: a field that no recipe has, or a value that it cannot have.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := set(data) - known - {"optimizer"}:
+        values = {_OLD_NAMES.get(key, key): value for key, value in data.items()}
+        if unknown := set(values) - known - {"optimizer"}:
             raise InputError(f"a recipe has no {', '.join(sorted(unknown))}; accepted: {', '.join(sorted(known))}")
-        if data.get("optimizer", "adam") != "adam":
+        if values.pop("optimizer", "adam") != "adam":
             raise one_of("optimizer", data["optimizer"], ["adam"])
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return cls(**values)
 
 
 _COSINE = Recipe(schedule="cosine")
@@ -109,7 +119,10 @@ INGREDIENTS: dict[str, Recipe] = {
     "averaged": _AVERAGED,
     "smoothed": replace(_AVERAGED, label_smoothing=0.05),
 }
-"""From the published recipe on, an ingredient at a time; ``averaged`` goes on from ``rotation``, without ``affine``."""
+"""From the published recipe to a better one, each with one ingredient more than the one before it.
+
+``affine`` is an alternative to ``rotation``: ``averaged`` is ``rotation`` with one ingredient more.
+"""
 
 RECIPES: dict[str, Recipe] = INGREDIENTS | {"modern": replace(_AVERAGED, epochs=100)}
-"""The recipes that go by a name. ``modern`` is ``averaged`` for longer."""
+"""All recipes that have a name. ``modern`` is ``averaged`` with 100 epochs."""

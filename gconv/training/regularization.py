@@ -1,4 +1,4 @@
-"""A penalty in training that pulls full filters towards separable ones, so that converting them loses less."""
+"""A penalty on full filters that pulls them towards separable ones, so that less is lost when they are converted."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from gconv.nn.conv import GConv2d
 
 
 def rank1_residual(model: nn.Module, form: str | Form) -> Tensor:
-    """The share of the filters' energy that rank 1 of a form leaves out, averaged over the layers; differentiable.
+    """The share of the filters' energy that a rank-1 filter of a form cannot have, averaged over the layers.
 
-    Of a layer whose generator folds into the blocks ``M_b`` it is ``1 - sum_b s_1(M_b)^2 / sum_b |M_b|^2``, where s_1
-    is the largest singular value: the squared relative error of the best rank-1 approximation of every block (Eckart &
-    Young, 1936), from 0 for a separable layer. It does not depend on the filters' scale.
+    A form folds the generator of a layer into blocks ``M_b``. The share of the layer is ``1 - sum_b s_1(M_b)^2 /
+    sum_b |M_b|^2``, where ``s_1`` is the largest singular value. That is the squared relative error of the best rank-1
+    approximation of every block (Eckart & Young, 1936). It is 0 for a separable layer, does not depend on the scale of
+    the filters, and is differentiable.
 
     Args:
-        model: a network; its full group-to-group layers with kernels larger than 1 x 1 count. Zero if it has none.
+        model: a network. Its full group-to-group layers with kernels larger than 1 x 1 count.
         form: one of ``gconv.FORMS``.
+
+    Returns:
+        A scalar in [0, 1); 0 if no layer counts.
 
     Raises:
         InputError: an unknown form.
@@ -29,7 +33,7 @@ def rank1_residual(model: nn.Module, form: str | Form) -> Tensor:
     for layer in model.modules():
         if isinstance(layer, GConv2d) and layer.kernel_size[0] > 1:
             blocks = form.fold(layer.weight, layer.tables.pixels)
-            # Eigenvalues of the smaller Gram matrix: as exact as is needed here, and faster than singular values.
+            # Eigenvalues of the smaller Gram matrix are faster than singular values, and exact enough for a penalty.
             tall = blocks if blocks.shape[1] >= blocks.shape[2] else blocks.mT
             largest = torch.linalg.eigvalsh(tall.mT @ tall)[:, -1]
             tails.append(1 - largest.sum() / blocks.square().sum())

@@ -706,7 +706,7 @@ def test_a_network_that_the_data_does_not_fit(kwargs, message):
 
 def test_data_that_is_not_there(monkeypatch):
     monkeypatch.setenv("GCONV_DATA", "nowhere")
-    message = "GCONV_DATA is 'nowhere', not a directory; accepted: a directory of data files, or unset"
+    message = "GCONV_DATA is 'nowhere', not a directory; set it to a directory of data files, or unset it"
     assert refused(small(), "--data", "rotmnist") == message
 
 

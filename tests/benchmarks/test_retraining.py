@@ -43,8 +43,8 @@ def test_a_run_trains_converts_and_trains_again(small):
 def test_the_penalty_is_on_the_full_network_alone(small):
     plain, pulled = (retraining.record(Run(0, weight)) for weight in (0.0, 1.0))
     assert pulled["history"]["full"][0]["train_loss"] > plain["history"]["full"][0]["train_loss"]
-    assert pulled["recipe"]["separability"] == 1.0
-    assert "separability" not in plain["recipe"]
+    assert pulled["recipe"]["low_rank_penalty"] == 1.0
+    assert "low_rank_penalty" not in plain["recipe"]
     assert len(list((small / "work").iterdir())) == 2
 
 

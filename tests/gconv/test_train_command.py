@@ -23,8 +23,8 @@ from gconv.models.zoo import MODELS, Model, create_model
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.train import main
 from gconv.training import datasets as data
-from gconv.training import evaluation
-from gconv.training import loop as training
+from gconv.training import run as training
+from gconv.training import steps
 from gconv.training.datasets import Dataset, Split, load_dataset
 from gconv.training.evaluation import Score, evaluate
 from gconv.training.loop import fit
@@ -56,7 +56,7 @@ def few(digits) -> Dataset:
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own_with_few_images(monkeypatch, tmp_path, few):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load_dataset", lambda name: few if name.lower() == few.name else load_dataset(name))
+    monkeypatch.setattr(training, "load_dataset", lambda name: few if name.lower() == few.name else load_dataset(name))
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def says(result: Result, *parts: str) -> None:
 
 
 def test_a_run_on_the_embedded_digits(monkeypatch, train, digits):
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr(training, "load_dataset", load_dataset)
     code, out, err = train(*SMALL, "--epochs", "1", "--out", "net.pt")
     assert code == 0
     assert files() == ["net.pt"]
@@ -177,7 +177,7 @@ def test_the_test_set_is_read_once_at_the_end(monkeypatch, train):
         scored.append(len(split.labels))
         return evaluate(model, split, **options)
 
-    for module in (training, evaluation):  # of the run after every epoch, and of the command at the end
+    for module in (steps, training):  # of the run after every epoch, and of the command at the end
         monkeypatch.setattr(module, "evaluate", noted)
     assert train(*SMALL, "--epochs", "3").code == 0
     assert scored == [20, 20, 20, 30]
@@ -233,7 +233,7 @@ def test_json_is_one_document_on_stdout(train):
 def test_a_run_stopped_after_an_epoch_resumes_to_the_bit(train, epoch):
     """Four epochs, the rate falling after three; after the fourth only the test is left."""
     assert train(*SMALL, "--epochs", "4", "--out", "whole.pt").code == 0
-    with interrupted(checkpoint, "save", epoch, after=True):
+    with interrupted(training, "save", epoch, after=True):
         code, out, err = train(*SMALL, "--epochs", "4", "--out", "net.pt")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1].startswith("python -m gconv.train: interrupted")
@@ -251,14 +251,14 @@ def test_a_run_stopped_after_an_epoch_resumes_to_the_bit(train, epoch):
 
 def test_a_run_stopped_within_an_epoch_keeps_the_last_one(train):
     assert train(*SMALL, "--epochs", "1", "--lr", "0.01", "--out", "one.pt").code == 0
-    with interrupted(training, "evaluate", 2):
+    with interrupted(steps, "evaluate", 2):
         assert train(*SMALL, "--epochs", "9", "--out", "net.pt").code == 130
     assert files() == ["net.pt", "one.pt"]
     assert equal(checkpoint.load("net.pt"), checkpoint.load("one.pt"))
 
 
 def test_a_run_stopped_before_its_first_epoch_leaves_nothing(train):
-    with interrupted(training, "evaluate", 1):
+    with interrupted(steps, "evaluate", 1):
         assert train(*SMALL).code == 130
     assert files() == []
 
@@ -266,7 +266,7 @@ def test_a_run_stopped_before_its_first_epoch_leaves_nothing(train):
 @pytest.fixture
 def unfinished(train) -> str:
     """A run of three epochs with all images and snapshots, stopped after the first."""
-    with interrupted(checkpoint, "save", 2, after=True):
+    with interrupted(training, "save", 2, after=True):
         train(*SMALL, "--epochs", "3", "--seed", "7", "--all-data", "--snapshots", "1,3", "--out", "net.pt")
     return "net.pt"
 
@@ -303,7 +303,7 @@ def test_an_unfinished_run_takes_no_other_recipe(train, unfinished):
 
 def test_an_unfinished_run_takes_no_other_data(monkeypatch, train, unfinished, few):
     says(train("rotmnist", "--resume", unfinished), "was being trained on 'rotdigits', not 'rotmnist'")
-    monkeypatch.setattr(data, "load_dataset", lambda name: replace(few, sha256="0" * 64))
+    monkeypatch.setattr(training, "load_dataset", lambda name: replace(few, sha256="0" * 64))
     says(train("rotdigits", "--resume", unfinished), unfinished, "sha256 differs")
 
 
@@ -369,10 +369,10 @@ def test_a_finished_network_takes_no_other_architecture(train, option):
         ("rotdigits --model p4cnn --lr nan", ["--lr: 'nan'"]),
         ("rotdigits --model p4cnn --lr inf", ["--lr: 'inf'"]),
         ("rotdigits --model p4cnn --weight-decay -1", ["--weight-decay: '-1'"]),
-        ("rotdigits --model p4cnn --epochs 3 --snapshots 4", ["--snapshots is '4'; accepted: epochs from 0 to 3"]),
+        ("rotdigits --model p4cnn --epochs 3 --snapshots 4", ["--snapshots is '4'; give epochs from 0 to 3"]),
         ("rotdigits --model p4cnn --snapshots 1,x", ["--snapshots is '1,x'"]),
         ("rotdigits --model p4cnn --snapshots 1, --epochs 1", ["--snapshots is '1,'"]),
-        ("rotdigits --model p4cnn --snapshots 1 --out net", ["--snapshots", "net has none"]),
+        ("rotdigits --model p4cnn --snapshots 1 --out net", ["--snapshots", "net has no suffix"]),
         ("rotdigits --model p4cnn --device tpu", ["unknown device 'tpu'; accepted: auto, cpu, cuda"]),
         ("rotdigits --model p4cnn --learning-rate 1", ["unrecognized arguments: --learning-rate 1"]),
         ("rotdigits --model p4cnn --ep 1", ["unrecognized arguments: --ep 1"]),
@@ -417,7 +417,7 @@ def test_snapshots_that_exist_are_replaced_only_with_force(train):
 
 
 def test_what_cannot_be_written_is_told_before_training(monkeypatch, train):
-    monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("too late"))
+    monkeypatch.setattr(training, "load_dataset", lambda name: pytest.fail("too late"))
     Path("file").write_text("x")
     Path("folder").mkdir()
     says(train(*SMALL, "--out", "file/net.pt"), "cannot write file/net.pt", "file is not a directory")
@@ -513,8 +513,8 @@ def change(few: Dataset, split: str, **parts: Tensor) -> Dataset:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda few: change(few, "train", labels=few.train.labels + 1), "labels go from 1 to 10; accepted: 0 to 9"),
-        (lambda few: change(few, "validation", labels=few.validation.labels - 5), "accepted: 0 to 9"),
+        (lambda few: change(few, "train", labels=few.train.labels + 1), "labels go from 1 to 10; give labels from 0"),
+        (lambda few: change(few, "validation", labels=few.validation.labels - 5), "give labels from 0 to 9"),
         (lambda few: change(few, "train", labels=few.train.labels * 0), "all training images have the label 0"),
         (lambda few: change(few, "train", images=few.train.images[..., 1:]), "cannot take images [1, 28, 27]"),
         (lambda few: change(few, "train", images=few.train.images / 0), "has NaN or infinite pixels"),
@@ -524,7 +524,7 @@ def change(few: Dataset, split: str, **parts: Tensor) -> Dataset:
     ids=["label", "validation label", "one class", "size", "NaN", "number", "empty"],
 )
 def test_bad_data_is_one_line_and_leaves_no_file(monkeypatch, train, few, edit, said):
-    monkeypatch.setattr(data, "load_dataset", lambda name: edit(few))
+    monkeypatch.setattr(training, "load_dataset", lambda name: edit(few))
     says(train(*SMALL, "--epochs", "1"), said)
     assert files() == []
 
@@ -545,8 +545,8 @@ def test_a_damaged_archive_is_one_line_that_names_it(monkeypatch, tmp_path, trai
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    monkeypatch.setattr(data, "_MNIST_URL", closed)
-    monkeypatch.setattr(data, "_ROTMNIST_URL", f"{closed}mnist_rotation_new.zip")
+    monkeypatch.setattr(data, "MNIST_URL", closed)
+    monkeypatch.setattr(data, "ROTMNIST_URL", f"{closed}mnist_rotation_new.zip")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("GCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GCONV_DATA", str(tmp_path))
@@ -580,7 +580,7 @@ def test_the_history_is_one_object_an_epoch_and_line(monkeypatch, train):
         seen.append(len(lines("log/history")) if Path("log/history").exists() else 0)
 
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", noting)
+    monkeypatch.setattr(training, "save", noting)
     assert train(*SMALL, "--epochs", "3", "--history", "log/history", "--out", "net.pt").code == 0
     assert seen == [0, 1, 2, 3]
     assert lines("log/history") == checkpoint.read("net.pt").record["history"]
@@ -591,10 +591,10 @@ def test_the_history_is_one_object_an_epoch_and_line(monkeypatch, train):
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_the_history_is_whole_after_a_resumption_too(train, epoch):
     """Also when only the test was left, and when the file is new or longer than what the checkpoint knows of."""
-    with interrupted(checkpoint, "save", epoch, after=True):
+    with interrupted(training, "save", epoch, after=True):
         assert train(*SMALL, "--epochs", "3", "--history", "history", "--out", "net.pt").code == 130
     Path("history").write_text('{"epoch": 1}\n' * 5)
-    with interrupted(evaluation if epoch == 3 else training, "evaluate", 1):
+    with interrupted(training if epoch == 3 else steps, "evaluate", 1):
         assert train("rotdigits", "--resume", "net.pt", "--history", "history").code == 130
     assert lines("history") == checkpoint.read("net.pt").record["history"]
     assert len(lines("history")) == epoch
@@ -629,7 +629,7 @@ def no_tensorboard(monkeypatch):
 
 @pytest.mark.usefixtures("no_tensorboard")
 def test_without_tensorboard_that_is_one_line_before_anything_is_read(monkeypatch, train, unfinished):
-    monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("too late"))
+    monkeypatch.setattr(training, "load_dataset", lambda name: pytest.fail("too late"))
     before = files()
     for run in (SMALL, ("rotdigits", "--resume", unfinished)):
         says(train(*run, "--tensorboard", "runs", "--out", "other.pt"), "--tensorboard needs a package: pip install")
@@ -652,7 +652,7 @@ def test_tensorboard_gets_every_number_of_every_epoch(monkeypatch, train):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    with interrupted(checkpoint, "save", 2, after=True):
+    with interrupted(training, "save", 2, after=True):
         train(*SMALL, "--epochs", "3", "--tensorboard", "runs", "--out", "net.pt")
     assert train("rotdigits", "--resume", "net.pt", "--tensorboard", "runs").code == 0
     history = checkpoint.read("net.pt").record["history"]
@@ -668,7 +668,7 @@ def test_tensorboard_gets_every_number_of_every_epoch(monkeypatch, train):
 def test_half_precision_is_recorded_and_goes_on(train, few):
     run = (*SMALL, "--epochs", "3", "--precision", "bfloat16")
     assert train(*run, "--out", "whole.pt").code == 0
-    with interrupted(checkpoint, "save", 1, after=True):
+    with interrupted(training, "save", 1, after=True):
         assert train(*run, "--out", "net.pt").code == 130
     assert checkpoint.read("net.pt").record["precision"] == "bfloat16"
     says(train("rotdigits", "--resume", "net.pt", "--precision", "float32"), "leave out --precision")
@@ -686,7 +686,7 @@ def test_half_precision_is_recorded_and_goes_on(train, few):
 
 @pytest.mark.parametrize("command", ["--precision float16", "--recipe none"])
 def test_an_unknown_precision_or_recipe_is_told_before_anything_is_read(monkeypatch, train, command):
-    monkeypatch.setattr(data, "load_dataset", lambda name: pytest.fail("too late"))
+    monkeypatch.setattr(training, "load_dataset", lambda name: pytest.fail("too late"))
     option, value = command.split()
     says(train(*SMALL, option, value), f"unknown {option.strip('-')} {value!r}; accepted: ")
 

@@ -20,9 +20,11 @@ import pytest
 import torch
 
 from gconv.experiments import __main__ as experiments
-from gconv.experiments import runs, workers
+from gconv.experiments import perform as performing
+from gconv.experiments import workers
 from gconv.experiments.__main__ import EXPERIMENTS, main
-from gconv.experiments.runs import Run, load_records, recipe_of, record_path
+from gconv.experiments.perform import recipe_of
+from gconv.experiments.runs import Run, load_records, record_path
 from gconv.experiments.tables import PUBLISHED, as_csv, as_markdown, efficiency, seeds, spread, table
 from gconv.experiments.workers import execute
 from gconv.models import checkpoint
@@ -31,9 +33,9 @@ from gconv.models.memory import training_memory
 from gconv.models.zoo import create_model
 from gconv.system.errors import InputError
 from gconv.training import datasets as data
-from gconv.training import loop as training
 from gconv.training import recipe
 from gconv.training.datasets import Dataset, Split, load_dataset
+from gconv.training.device import environment
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import fit
 from gconv.training.recipe import Recipe
@@ -53,12 +55,12 @@ def _in_a_folder_of_its_own_with_few_images(monkeypatch, tmp_path, digits):
     sizes = {"train": 25, "validation": 6, "test": 30}
     cut = {name: Split(*(part[:count] for part in getattr(digits, name))) for name, count in sizes.items()}
     few = replace(digits, **cut)
-    monkeypatch.setattr(data, "load_dataset", lambda name, **_: few if name == few.name else load_dataset(name))
+    monkeypatch.setattr(performing, "load_dataset", lambda name, **_: few if name == few.name else load_dataset(name))
 
 
 def perform(run: Run = TINY) -> dict[str, Any]:
     """The record that a run leaves."""
-    runs.perform(run, RECORDS, WORK, "cpu")
+    performing.perform(run, RECORDS, WORK, "cpu")
     return json.loads(record_path(run, RECORDS).read_text())
 
 
@@ -113,7 +115,7 @@ def test_experiments_share_their_runs():
 
 def test_a_record_says_what_was_done_and_what_came_out(digits):
     found = perform()
-    few = data.load_dataset("rotdigits")
+    few = performing.load_dataset("rotdigits")
     split = Split(*(part[:20] for part in few.train_and_validation))
     how = Recipe(epochs=2, batch_size=20, decay_epoch=2)
     torch.manual_seed(3)
@@ -130,7 +132,7 @@ def test_a_record_says_what_was_done_and_what_came_out(digits):
         "train_images": 20,
         "seed": 3,
         "recipe": how.to_dict(),
-        "environment": training.environment(torch.device("cpu")),
+        "environment": environment(torch.device("cpu")),
         "test_error": score.error,
         "test_loss": score.loss,
         "test_images": 30,
@@ -154,9 +156,9 @@ def test_a_record_says_what_was_done_and_what_came_out(digits):
 
 
 def test_a_run_that_holds_out_does_not_read_the_test_set(monkeypatch):
-    few = data.load_dataset("rotdigits")
+    few = performing.load_dataset("rotdigits")
     blind = replace(few, test=None)
-    monkeypatch.setattr(data, "load_dataset", lambda name, **_: blind)
+    monkeypatch.setattr(performing, "load_dataset", lambda name, **_: blind)
     found = perform(replace(TINY, images=None, held_out=True))
     assert (found["trained_on"], found["train_images"]) == ("train", 25)
     assert found["validation_error"] == found["history"][-1]["validation_error"]
@@ -190,7 +192,7 @@ def test_a_run_killed_after_any_file_continues_to_the_same_record(monkeypatch, s
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", dying)
+        patch.setattr(performing, "save", dying)
         with pytest.raises(Killed):
             perform(run)
     assert files() == [f"work/rotdigits/{run.name}.pt"]
@@ -223,7 +225,7 @@ def test_a_run_stopped_within_an_epoch_continues_to_the_same_record(monkeypatch)
 def test_a_network_of_another_recipe_is_not_continued(monkeypatch):
     perform()
     monkeypatch.setitem(recipe.RECIPES, "published", Recipe(learning_rate=0.5))
-    with pytest.raises(InputError, match=r"\.pt is of other data or of another recipe; remove it, or take another"):
+    with pytest.raises(InputError, match=r"\.pt is of other data or of another recipe; remove it, or give another"):
         perform()
 
 
@@ -264,7 +266,7 @@ def test_what_is_recorded_is_not_done_again(monkeypatch):
 def test_a_run_that_cannot_be_done_is_one_line_and_stops_the_others():
     bad = replace(TINY, images=1)
     slow = Run("z2cnn", 0, "rotdigits", epochs=10_000)
-    said = rf"^{bad.name}: all training images have the label \d; accepted: two classes or more$"
+    said = rf"^{bad.name}: all training images have the label \d; give images of two classes or more$"
     with pytest.raises(InputError, match=said) as caught:
         execute([slow, bad], records=RECORDS, work=WORK, device="cpu", jobs=2)
     assert "\n" not in str(caught.value)
@@ -272,7 +274,7 @@ def test_a_run_that_cannot_be_done_is_one_line_and_stops_the_others():
     assert not RECORDS.exists()
 
 
-def environment() -> dict[str, str]:
+def variables() -> dict[str, str]:
     paths = os.pathsep.join([str(Path(experiments.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
@@ -284,7 +286,7 @@ def test_the_command_is_stopped_with_all_that_it_began_and_goes_on(number):
     run = Run("z2cnn", 0, "rotdigits", images=120)
     network = Path(f"work/rotdigits/{run.name}.pt")
     with subprocess.Popen(
-        [sys.executable, *argv.split()], env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *argv.split()], env=variables(), stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         while not network.exists() and process.poll() is None:
             time.sleep(0.02)
@@ -349,7 +351,7 @@ try:
 finally:
     print(sorted({{"torch", "numpy", "sklearn"}} & set(sys.modules)), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=variables(), capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "[]"
 
 

@@ -43,15 +43,15 @@ def program(folder: Path) -> None:
     """All runs; what was found goes to stdout as JSON."""
     import torch
 
-    from gconv.models import memory
-    from gconv.training import datasets as data
+    from gconv.system import memory
     from gconv.training import recipe
+    from gconv.training import run as training
     from gconv.training.datasets import Split, load_dataset
 
     os.chdir(folder)
     digits = load_dataset("rotdigits")
     few = {name: Split(*(part[:n] for part in getattr(digits, name))) for name, n in SIZES.items()}
-    data.load_dataset = lambda name: replace(digits, **few)
+    training.load_dataset = lambda name: replace(digits, **few)
     memory.reuse_freed_memory = lambda: None
     recipe.RECIPES |= {name: recipe.Recipe(**options) for name, options in RECIPES.items()}
     assert torch.get_num_threads() == 1
@@ -101,8 +101,9 @@ def undisturbed(name: str) -> dict[str, Any]:
     """A run from beginning to end, and what its checkpoint was after each epoch."""
     from gconv import train
     from gconv.models import checkpoint
+    from gconv.training import run as training
 
-    kept, save = {}, checkpoint.save
+    kept, save = {}, training.save
 
     def noted(model: Any, path: Any, **options: Any) -> None:
         save(model, path, **options)
@@ -110,11 +111,11 @@ def undisturbed(name: str) -> dict[str, Any]:
         kept[str(read.resume and read.resume["epochs_done"])] = content(read)
 
     Path(name).mkdir()
-    checkpoint.save = noted
+    training.save = noted
     try:
         assert train.main(command(name, name)) == 0
     finally:
-        checkpoint.save = save
+        training.save = save
     assert list(kept) == ["1", "2", "3", "None"]
     return kept
 
@@ -197,7 +198,13 @@ def wait_for(pid: int) -> int:
 def kill_at_line(number: int) -> None:
     """This process dies at the ``number``th line that it executes of the modules that train and write."""
     left = number
-    modules = {f"{name}.py" for name in ("training", "evaluation", "signals", "train", "checkpoint", "files", "recipe")}
+    import gconv
+
+    package = Path(gconv.__file__).parent
+    modules = {str(path) for path in (package / "training").glob("*.py")}
+    modules |= {
+        str(package / name) for name in ("train.py", "models/checkpoint.py", "system/files.py", "system/signals.py")
+    }
 
     def line(frame: Any, event: str, arg: Any) -> Any:
         nonlocal left
@@ -208,19 +215,19 @@ def kill_at_line(number: int) -> None:
         return line
 
     def call(frame: Any, event: str, arg: Any) -> Any:
-        path = Path(frame.f_code.co_filename)
-        return line if path.name in modules and path.parent.name == "gconv" else None
+        return line if frame.f_code.co_filename in modules else None
 
     sys.settrace(call)
 
 
 def stopped(whole: dict[str, dict[str, Any]], name: str, number: str, step: int) -> dict[str, Any]:
     """A run that gets a signal in the middle of this step, counted from the first, and is continued."""
+    from torch.optim import Adam
+
     from gconv.models import checkpoint
-    from gconv.training import loop as training
 
     folder = f"{name}-{number}-{step}"
-    original, steps = training._Fit._step, 0
+    original, steps = Adam.step, 0
 
     def signalled(self: Any, *args: Any) -> None:
         nonlocal steps
@@ -230,7 +237,7 @@ def stopped(whole: dict[str, dict[str, Any]], name: str, number: str, step: int)
         original(self, *args)
 
     def patch() -> None:
-        training._Fit._step = signalled
+        Adam.step = signalled
 
     status = wait_for(child(command(folder, name), patch))
     found = {"code": os.waitstatus_to_exitcode(status), "log": Path("log").read_text()}

@@ -10,7 +10,7 @@ import gconv
 from gconv.kernels import config, library
 from gconv.kernels.config import configuration, kernel_config, show_config
 from gconv.kernels.library import INSTRUCTIONS, Found, Library
-from gconv.training.loop import environment
+from gconv.training.device import environment
 from tests.gconv.kernels.comparing import built
 
 AVX2 = Library({}, INSTRUCTIONS, INSTRUCTIONS.index("avx2"), True)

@@ -145,6 +145,7 @@ COMMANDS = {
     "gconv.experiments.__main__": ["rotmnist"],
     "gconv.export": ["a.pt"],
     "gconv.catalog": ["a.pt"],
+    "gconv.info": [],
     "analysis.decompose": ["a.pt"],
     "analysis.redundancy": ["a.pt"],
     "analysis.sweep": ["a.pt"],
@@ -170,7 +171,7 @@ def whole_number_options(command: str) -> list[str]:
 def test_no_command_takes_a_whole_number_that_fits_no_integer(command, text, capsys):
     """As a seed, it would be a traceback from deep inside."""
     options = whole_number_options(command)
-    assert options or command in ("gconv.export", "gconv.catalog")
+    assert options or command in ("gconv.export", "gconv.catalog", "gconv.info")
     capsys.readouterr()
     for option in options:
         with pytest.raises(SystemExit) as caught:

@@ -21,7 +21,7 @@ from gconv.models import checkpoint
 from gconv.nn import batchnorm as norm
 from gconv.system.distributed import joined, processes, rank, sum_over_processes
 from gconv.system.errors import InputError
-from gconv.training import loop as training
+from gconv.training import steps
 from gconv.training.datasets import Split
 from gconv.training.evaluation import evaluate
 from gconv.training.loop import fit
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "single": {"dtype": SINGLE},
     "turned": {"recipe": {"augmentation": "rotation", "label_smoothing": 0.1}},
     "averaged": {"recipe": {"averaging": 0.9, "schedule": "cosine", "augmentation": "affine"}},
-    "penalised": {"recipe": {"separability": 0.5}},
+    "penalised": {"recipe": {"low_rank_penalty": 0.5}},
     "separable": {"model": "gc-p4cnn"},
     "planar": {"model": "z2cnn"},
     "odd": {"recipe": {"batch_size": 5}},
@@ -169,9 +169,9 @@ def test_divergence_is_told_by_both_and_leaves_neither_waiting(found):
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(training, "processes", lambda: 4)
-    monkeypatch.setattr(training, "DistributedDataParallel", lambda model, **_: model)
-    with pytest.raises(InputError, match=r"^the last batch has 3 images for 4 processes; take another size$"):
+    monkeypatch.setattr(steps, "processes", lambda: 4)
+    monkeypatch.setattr(steps, "DistributedDataParallel", lambda model, **_: model)
+    with pytest.raises(InputError, match=r"^the last batch has 3 images for 4 processes; give another batch size$"):
         trained({})
 
 

@@ -210,10 +210,10 @@ def mnist(monkeypatch, tmp_path):
     folder.mkdir()
     images, labels = pictures(70), np.arange(70, dtype=np.uint8)
     parts = (images[:50], labels[:50], images[50:], labels[50:])
-    contents = dict(zip(data._MNIST_MD5, map(gz_idx, parts), strict=True))
+    contents = dict(zip(data.MNIST_MD5, map(gz_idx, parts), strict=True))
     for file, content in contents.items():
         (folder / file).write_bytes(content)
-    monkeypatch.setattr(data, "_MNIST_MD5", {file: hashlib.md5(c).hexdigest() for file, c in contents.items()})
+    monkeypatch.setattr(data, "MNIST_MD5", {file: hashlib.md5(c).hexdigest() for file, c in contents.items()})
     monkeypatch.setitem(DATASETS, "rotmnist-regen", DATASETS["rotmnist-regen"]._replace(sizes=SIZES))
     return folder
 
@@ -224,8 +224,8 @@ def closed_port(monkeypatch):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    monkeypatch.setattr(data, "_MNIST_URL", url)
-    monkeypatch.setattr(data, "_ROTMNIST_URL", f"{url}mnist_rotation_new.zip")
+    monkeypatch.setattr(data, "MNIST_URL", url)
+    monkeypatch.setattr(data, "ROTMNIST_URL", f"{url}mnist_rotation_new.zip")
     return url
 
 
@@ -243,7 +243,7 @@ def server(monkeypatch, mnist):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(data, "_MNIST_URL", f"http://127.0.0.1:{httpd.server_address[1]}/")
+        monkeypatch.setattr(data, "MNIST_URL", f"http://127.0.0.1:{httpd.server_address[1]}/")
         yield asked
         httpd.shutdown()
 
@@ -279,7 +279,7 @@ def test_an_idx_file_is_read_with_its_shape(tmp_path):
 
 
 def test_files_in_the_mnist_folder_of_gconv_data_are_found_first(monkeypatch, mnist, closed_port):
-    for file in data._MNIST_MD5:
+    for file in data.MNIST_MD5:
         (mnist / "mnist").mkdir(exist_ok=True)
         (mnist / file).rename(mnist / "mnist" / file)
         (mnist / file).write_bytes(b"not this one")
@@ -300,7 +300,7 @@ def test_downloads_are_kept_and_not_asked_for_twice(server, tmp_path):
     (tmp_path / "cache" / "rotmnist-regen.npz").unlink()
     assert load_dataset("rotmnist-regen", progress=False).sha256 == digest
     assert len(server) == 4
-    assert files_below(tmp_path / "cache" / "mnist") == sorted(data._MNIST_MD5)
+    assert files_below(tmp_path / "cache" / "mnist") == sorted(data.MNIST_MD5)
 
 
 @pytest.mark.parametrize("progress", [False, True])
@@ -353,7 +353,7 @@ def test_gconv_data_must_be_a_directory(name, monkeypatch, tmp_path):
 def kept(monkeypatch, mnist, tmp_path):
     """The cached miniature, whose digest is the pinned one."""
     monkeypatch.setenv("GCONV_DATA", str(mnist))
-    monkeypatch.setattr(data, "_REGEN_SHA256", load_dataset("rotmnist-regen").sha256)
+    monkeypatch.setattr(data, "REGEN_SHA256", load_dataset("rotmnist-regen").sha256)
     return tmp_path / "cache" / "rotmnist-regen.npz"
 
 
@@ -362,7 +362,7 @@ def test_the_turned_pictures_are_kept(monkeypatch, kept):
         raise AssertionError("turned again")
 
     monkeypatch.setattr(data, "rotate", fail)
-    assert load_dataset("rotmnist-regen").sha256 == data._REGEN_SHA256
+    assert load_dataset("rotmnist-regen").sha256 == data.REGEN_SHA256
     assert files_below(kept.parent) == [kept.name]
 
 
@@ -376,19 +376,19 @@ def damaged(content: bytes) -> list[bytes]:
 def test_a_damaged_cache_is_made_again(kept, damage):
     whole = kept.read_bytes()
     kept.write_bytes(damaged(whole)[damage])
-    assert load_dataset("rotmnist-regen").sha256 == data._REGEN_SHA256
+    assert load_dataset("rotmnist-regen").sha256 == data.REGEN_SHA256
     assert kept.read_bytes() == whole
 
 
 def test_a_cache_of_other_pictures_is_made_again(kept):
     np.savez(kept, images=pictures(60, seed=9), labels=np.arange(60))
-    assert load_dataset("rotmnist-regen").sha256 == data._REGEN_SHA256
+    assert load_dataset("rotmnist-regen").sha256 == data.REGEN_SHA256
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, kept, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("GCONV_CACHE", str(tmp_path / "file" / "cache"))
-    assert load_dataset("rotmnist-regen").sha256 == data._REGEN_SHA256
+    assert load_dataset("rotmnist-regen").sha256 == data.REGEN_SHA256
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -400,7 +400,7 @@ def test_regen_equals_the_reference_of_it(monkeypatch, tmp_path):
     """Made from MNIST twice over: sources, labels and angles are equal, pixels too but for a rare rounding."""
     monkeypatch.setenv("GCONV_DATA", GIVEN)
     regen = load_dataset("rotmnist-regen", progress=False)
-    assert regen.sha256 == data._REGEN_SHA256
+    assert regen.sha256 == data.REGEN_SHA256
     assert (tmp_path / "cache" / "rotmnist-regen.npz").is_file()
     with np.load(Path(GIVEN, "rotmnist-regen.npz")) as reference:
         chosen, angles = data._draw(2007, 70_000, 62_000)
@@ -428,8 +428,8 @@ def archive(monkeypatch):
     """The two files of an archive of 5 + 3 pictures, and the values in them."""
     images = (pictures(8) / np.float32(256)).astype(np.float32)
     labels = np.arange(8)
-    train_valid, test = data._ROTMNIST_ROWS
-    monkeypatch.setattr(data, "_ROTMNIST_ROWS", {train_valid: 5, test: 3})
+    train_valid, test = data.ROTMNIST_ROWS
+    monkeypatch.setattr(data, "ROTMNIST_ROWS", {train_valid: 5, test: 3})
     monkeypatch.setitem(DATASETS, "rotmnist", DATASETS["rotmnist"]._replace(sizes=(4, 1, 3)))
     return {train_valid: amat(images[:5], labels[:5]), test: amat(images[5:], labels[5:])}, images, labels
 
@@ -489,7 +489,7 @@ def test_rotmnist_is_found_in_gconv_data(monkeypatch, tmp_path, closed_port, arc
             for file, content in files.items():
                 packing.writestr(file, content)
         md5 = hashlib.md5((where / "mnist_rotation_new.zip").read_bytes()).hexdigest()
-        monkeypatch.setattr(data, "_ROTMNIST_MD5", md5)
+        monkeypatch.setattr(data, "ROTMNIST_MD5", md5)
     else:
         for file, content in files.items():
             (where / file).write_text(content)

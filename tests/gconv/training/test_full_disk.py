@@ -30,24 +30,23 @@ def program(folder: Path, kind: str) -> None:
 
     from gconv import train
     from gconv.models import checkpoint
-    from gconv.training import datasets as data
-    from gconv.training import loop as training
+    from gconv.training import run as training
     from gconv.training.datasets import Split, load_dataset
 
     os.chdir(folder)
     digits = load_dataset("rotdigits")
     few = {name: Split(*(part[:20] for part in getattr(digits, name))) for name in ("train", "validation", "test")}
-    data.load_dataset = lambda name: replace(digits, **few)
+    training.load_dataset = lambda name: replace(digits, **few)
     print(tuple(torch.ones(1)), file=sys.stderr)  # all is imported before there is no room
-    step = training._Fit._step
+    step = torch.optim.Adam.step
 
     def stopping(self: Any, *args: Any) -> None:
         step(self, *args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    training._Fit._step = stopping
+    torch.optim.Adam.step = stopping
     assert train.main(RUN.split()) == 130
-    training._Fit._step = step
+    torch.optim.Adam.step = step
     before, found = Path("net.pt").read_bytes(), []
     for how in full(kind):
         error = io.StringIO()

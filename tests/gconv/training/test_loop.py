@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -18,8 +17,9 @@ from gconv.models.zoo import Model, create_model
 from gconv.system.errors import InputError
 from gconv.training.datasets import Split
 from gconv.training.evaluation import evaluate
-from gconv.training.loop import environment, fit, pick_device, steps_of_epoch
+from gconv.training.loop import fit
 from gconv.training.recipe import Recipe
+from gconv.training.steps import steps_of_epoch
 
 SHORT = Recipe(epochs=4, batch_size=10, decay_epoch=3)
 
@@ -232,30 +232,6 @@ def test_evaluate_equals_one_image_after_another(batch_size, training):
     assert 0 < wrong < 24
 
 
-# --- where it runs
-
-
-def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(InputError, match="unknown device 'tpu'; accepted: auto, cpu, cuda"):
-        pick_device("tpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_told():
-    with pytest.raises(InputError, match="no GPU is available"):
-        pick_device("cuda")
-
-
-def test_the_environment_is_plain_data():
-    found = environment(torch.device("cpu"))
-    assert found["torch"] == torch.__version__
-    assert found["device"] == "cpu"
-    assert found["threads"] == torch.get_num_threads()
-    assert json.loads(json.dumps(found)) == found
-
-
 def test_one_image_left_over_joins_the_batch_before_it() -> None:
     model = create_model("z2cnn", width=2)
     split = Split(torch.rand(5, 1, 28, 28), torch.arange(5))
@@ -286,16 +262,16 @@ def without(**changes: Any) -> Split:
 
 
 BAD = {
-    "a label above the classes": (without(label=10), "labels go from 0 to 10; accepted: 0 to 9"),
-    "a label below zero": (without(label=-1), "labels go from -1 to 9; accepted: 0 to 9"),
+    "a label above the classes": (without(label=10), "labels go from 0 to 10; give labels from 0 to 9"),
+    "a label below zero": (without(label=-1), "labels go from -1 to 9; give labels from 0 to 9"),
     "labels that are no whole numbers": (
         without(labels=TRAIN.labels.float()),
-        "24 images and labels [24] of torch.float32; accepted: one whole number an image",
+        "24 images and labels [24] of torch.float32; give one whole number for each image",
     ),
-    "labels that are flags": (without(labels=TRAIN.labels > 4), "24 images and labels [24] of torch.bool; accepted"),
-    "a label too few": (without(labels=TRAIN.labels[1:]), "24 images and labels [23] of torch.int64; accepted"),
+    "labels that are flags": (without(labels=TRAIN.labels > 4), "24 images and labels [24] of torch.bool; give"),
+    "a label too few": (without(labels=TRAIN.labels[1:]), "24 images and labels [23] of torch.int64; give"),
     "labels one-hot": (without(labels=F.one_hot(TRAIN.labels)), "24 images and labels [24, 10] of torch.int64"),
-    "NaN": (without(pixel=math.nan), "image number 5 has NaN or infinite pixels; accepted: finite numbers"),
+    "NaN": (without(pixel=math.nan), "image number 5 has NaN or infinite pixels; give finite numbers"),
     "infinity": (without(pixel=-math.inf), "image number 5 has NaN or infinite pixels"),
     "smaller images": (
         without(images=torch.rand(24, 1, 27, 27)),
@@ -333,7 +309,7 @@ def test_a_network_of_ones_own_is_told_why():
 
 def test_one_class_cannot_be_learned_but_can_be_scored():
     one = Split(TRAIN.images, torch.full_like(TRAIN.labels, 3))
-    with pytest.raises(InputError, match=r"^all training images have the label 3; accepted: two classes or more$"):
+    with pytest.raises(InputError, match=r"^all training images have the label 3; give images of two classes or more$"):
         fit(network(), one, SHORT, seed=0)
     fit(network(), TRAIN, dataclasses.replace(SHORT, epochs=1), seed=0, validation=one)
 
@@ -352,6 +328,13 @@ def test_labels_may_be_of_any_type_of_whole_numbers(dtype):
     weights, expected = trained(3, validation=TRAIN)
     assert equal(state(model), weights)
     assert timeless(history) == expected
+
+
+@pytest.mark.parametrize("seed", [10**23, -(10**23), 2**44])
+def test_a_seed_that_fits_no_generator_is_told(seed):
+    with pytest.raises(InputError, match=rf"^seed is {seed}; give a whole number of at most 2\*\*43$"):
+        fit(network(), TRAIN, SHORT, seed=seed)
+    fit(network(), TRAIN, dataclasses.replace(SHORT, epochs=1), seed=2**43)
 
 
 def test_an_unknown_precision_is_told():

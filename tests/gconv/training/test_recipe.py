@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from gconv.training.loop import fit
 from gconv.training.recipe import AUGMENTATIONS, RECIPES, SCHEDULES, Recipe
 from gconv.training.regularization import rank1_residual
 
+RECORDS = Path(__file__).resolve().parents[3] / "benchmarks" / "records" / "retraining"
 positive = st.floats(0, 1e3)
 shares = st.floats(0, 1, exclude_max=True)
 recipes = st.builds(
@@ -41,8 +43,8 @@ recipes = st.builds(
     augmentation=st.sampled_from(AUGMENTATIONS),
     label_smoothing=shares,
     averaging=shares,
-    separability=positive,
-    separability_form=st.sampled_from(tuple(FORMS)),
+    low_rank_penalty=positive,
+    low_rank_form=st.sampled_from(tuple(FORMS)),
 )
 
 
@@ -97,16 +99,16 @@ def test_another_recipe_is_described_otherwise(recipe):
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd'; accepted: adam"),
         ({"schedule": "linear"}, "unknown schedule 'linear'; accepted: step, cosine"),
         ({"augmentation": "flip"}, "unknown augmentation 'flip'; accepted: none, rotation, affine"),
-        ({"averaging": 1}, "averaging is 1; accepted: 0 to below 1"),
-        ({"label_smoothing": -0.1}, "label_smoothing is -0.1; accepted"),
-        ({"averaging": math.nan}, "averaging is nan; accepted"),
-        ({"epochs": -1}, "epochs is -1; accepted: a whole number of at least 0"),
-        ({"epochs": 2.5}, "epochs is 2.5; accepted"),
-        ({"batch_size": 0}, "batch_size is 0; accepted: a whole number of at least 1"),
-        ({"batch_size": True}, "batch_size is True; accepted"),
-        ({"learning_rate": math.inf}, "learning_rate is inf; accepted: a number of at least 0"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; accepted"),
-        ({"separability": math.nan}, "separability is nan; accepted"),
+        ({"averaging": 1}, "averaging is 1; give a number of at least 0 and below 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1; give"),
+        ({"averaging": math.nan}, "averaging is nan; give"),
+        ({"epochs": -1}, "epochs is -1; give a whole number of at least 0"),
+        ({"epochs": 2.5}, "epochs is 2.5; give"),
+        ({"batch_size": 0}, "batch_size is 0; give a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size is True; give"),
+        ({"learning_rate": math.inf}, "learning_rate is inf; give a number of at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; give"),
+        ({"low_rank_penalty": math.nan}, "low_rank_penalty is nan; give"),
     ],
     ids=str,
 )
@@ -115,6 +117,21 @@ def test_what_is_no_recipe_is_one_line(data, said):
         Recipe.from_dict(data)
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_under_the_field_names_of_older_versions_is_read():
+    older = {**Recipe().to_dict(), "separability": 2.0, "separability_form": "gc_in"}
+    assert Recipe.from_dict(older) == Recipe(low_rank_penalty=2.0, low_rank_form="gc_in")
+    with pytest.raises(InputError, match=r"^low_rank_penalty is -1; give"):
+        Recipe.from_dict({"separability": -1})
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.rglob("*.json")), ids=lambda path: path.stem)
+def test_every_recipe_that_was_recorded_is_read(path):
+    document = json.loads(path.read_text())
+    recipe = Recipe.from_dict(document["recipe"])
+    assert recipe.low_rank_penalty == document["run"].get("separability", 0)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -211,7 +228,7 @@ def test_label_smoothing_is_in_the_loss():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_penalty_is_in_the_loss(form):
-    loss, _, _ = first_loss(replace(SHORT, separability=2.0, separability_form=form))
+    loss, _, _ = first_loss(replace(SHORT, low_rank_penalty=2.0, low_rank_form=form))
     expected = first_loss(SHORT)[0] + 2 * float(rank1_residual(network(), form).detach())
     assert loss == pytest.approx(expected, rel=1e-5)
 

@@ -107,7 +107,7 @@ def test_training_with_it_lowers_it(form):
         torch.manual_seed(0)
         model = create_model("p4cnn", width=2)
         before = float(rank1_residual(model, form).detach())
-        recipe = Recipe(epochs=5, batch_size=10, separability=weight, separability_form=form)
+        recipe = Recipe(epochs=5, batch_size=10, low_rank_penalty=weight, low_rank_form=form)
         (*_, last) = fit(model, images, recipe, seed=0, label=None)
         return before - float(rank1_residual(model, form).detach()), last["train_loss"]
 
