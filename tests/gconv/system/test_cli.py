@@ -112,7 +112,7 @@ except ImportError:
         ("gconv.catalog", ["missing.pt"]),
         ("analysis.decompose", ["missing.pt"]),
         ("analysis.redundancy", ["missing.pt"]),
-        ("analysis.sweep", ["missing.pt"]),
+        ("analysis.sweep.__main__", ["missing.pt"]),
     ],
 )
 def test_every_command_loads_pytorch_that_way(command, arguments, tmp_path):
@@ -148,7 +148,7 @@ COMMANDS = {
     "gconv.info": [],
     "analysis.decompose": ["a.pt"],
     "analysis.redundancy": ["a.pt"],
-    "analysis.sweep": ["a.pt"],
+    "analysis.sweep.__main__": ["a.pt"],
 }
 """The module of every command, and the arguments that it cannot do without."""
 
