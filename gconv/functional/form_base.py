@@ -122,9 +122,8 @@ class Form(ABC):
         """
         o, i, s, k, _ = shape = weight.shape
         if self.input_frame:
-            weight = (
-                weight.reshape(o, i, s * k * k).index_select(2, torch.argsort(_from_input_frame(pixels, s))).view(shape)
-            )
+            into_frame = torch.argsort(_from_input_frame(pixels, s))
+            weight = weight.reshape(o, i, s * k * k).index_select(2, into_frame).view(shape)
         return self._blocks_first(weight).reshape(self.blocks(FilterShape(o, i, s, k)), -1, k * k)
 
     def unfold(self, matrices: Tensor, shape: FilterShape, pixels: Tensor) -> Tensor:
