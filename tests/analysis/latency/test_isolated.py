@@ -346,7 +346,7 @@ def test_a_budget_that_is_met_when_chosen_and_not_when_measured_again(monkeypatc
     assert report.latency["milliseconds"] == [20.0, again]
     notes = [note for note in report.notes if "measured again" in note]
     assert len(notes) == noted
-    assert all("10.5 ms" in note and "is 10 ms" in note for note in notes)
+    assert all("10.5 ms" in note and "the budget of 10 ms" in note for note in notes)
 
 
 @pytest.mark.parametrize(("second", "tries"), [(9.7, 2), (9.8, 6)])
