@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gconv.system.cli import Parser, loading, main_args, number, run
 
-from .units import BUDGETS, FILES, UNITS
+from .units import BUDGETS, FILES, UNITS, checked_budgets
 
 if TYPE_CHECKING:
     from .files import Row
@@ -67,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(args: argparse.Namespace) -> None:
     # What the user typed is checked before anything slow is imported or read.
-    from .units import checked_budgets
-
     unit = next((unit for unit in UNITS if getattr(args, unit) is not None), "params")
     given = getattr(args, unit)
     budgets: Sequence[float | str] = BUDGETS if given is None else given.split(",")
