@@ -179,15 +179,28 @@ class Kernel:
         y: Tensor = _Differentiable.apply(self, x, mix, spatial, bias, residual)
         return y
 
-    def reference(self, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
-        """The same by PyTorch's operations."""
-        s, i, o, rank, spatial_first, k, *sampling = self.sizes
-        form = FORMS["gc_in" if spatial_first else "gc"]
-        basis = basis_like(self.group, x) if self.in_basis else None
-        filters = form.filters(mix, spatial, Tables.build(self.group, k, device=x.device), basis)
-        biases = None if bias is None else bias.repeat(s)
-        y = form.run(to_group_major(x), *filters, biases, FilterShape(o, i, s, k), rank, Sampling(*sampling))
-        return from_group_major(y, s)
+
+def reference(
+    group: Group, sizes: Sizes, in_basis: bool, x: Tensor, mix: Tensor, spatial: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What the kernel of a layer computes, by PyTorch's operations.
+
+    Args:
+        group: the layer's group.
+        sizes: the layer's sizes.
+        in_basis: as of :func:`kernel_of`.
+        x: ``[N, I, S, H, W]``.
+        mix: with the shape that the form gives it.
+        spatial: likewise.
+        bias: ``[O]``, or None.
+    """
+    s, i, o, rank, spatial_first, k, *sampling = sizes
+    form = FORMS["gc_in" if spatial_first else "gc"]
+    basis = basis_like(group, x) if in_basis else None
+    filters = form.filters(mix, spatial, Tables.build(group, k, device=x.device), basis)
+    biases = None if bias is None else bias.repeat(s)
+    y = form.run(to_group_major(x), *filters, biases, FilterShape(o, i, s, k), rank, Sampling(*sampling))
+    return from_group_major(y, s)
 
 
 @lru_cache(maxsize=1024)
@@ -285,7 +298,7 @@ class _Differentiable(torch.autograd.Function):
         of_residual = gradient if ctx.needs_input_grad[5] else None
         given = ctx.saved_tensors
         if torch.is_grad_enabled():  # the caller wants gradients of these gradients
-            y = kernel.reference(*given)
+            y = reference(kernel.group, kernel.sizes, kernel.in_basis, *given)
             wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
             return None, *(next(found) if t is not None and t.requires_grad else None for t in given), of_residual
