@@ -8,9 +8,10 @@ cannot take the map, the operator does the same by PyTorch's operations, on any 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,39 @@ from gconv.groups.point_groups import group as find_group
 from .dispatch import Sizes
 from .library import is_supported
 from .separable_conv import Kernel, kernel_of, reference
+
+Settings = tuple[str, bool, int, int, bool]
+"""Of :func:`separable_conv`: group, spatial_first, stride, padding and in_basis."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_for_compilers(function: _Function) -> _Function:
+    """A function that compilers call once and do not look into.
+
+    As ``torch.compiler.assume_constant_result``, which would load the compiler for everybody.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def settings_of(kernel: Kernel) -> Settings:
+    """What the operator takes beside the tensors, for the layers that a kernel is for."""
+    sizes = kernel.sizes
+    return kernel.group.name, sizes.spatial_first, sizes.stride, sizes.padding, kernel.in_basis
+
+
+def is_for_operator(x: Tensor) -> bool:
+    """Whether a layer is to run as the operator on this map: while it is compiled, but not exported.
+
+    An exported program is to run where this package is not.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    exporting = getattr(torch.compiler, "is_exporting", None)  # there since PyTorch 2.7
+    if exporting is None or exporting() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and x.dtype is torch.float32
 
 
 def sizes_of(
@@ -48,6 +82,31 @@ def _kernel_for(
     parameters = [mix, spatial, *([] if bias is None else [bias])]
     usual = kernel is not None and is_supported(x, *parameters) and kernel.is_supported(x)
     return kernel if usual else None
+
+
+class _Packs:
+    """Packed parameters of the layers that ran last, beside copies of what they were made from."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, Lock()
+        self._kept: dict[tuple[Kernel, int], tuple[list[Tensor], Tensor]] = {}
+
+    def of(self, kernel: Kernel, mix: Tensor, spatial: Tensor, bias: Tensor | None) -> Tensor:
+        """The parameters as the kernel reads them, made anew where any value has changed since."""
+        parameters = [mix, spatial, *([] if bias is None else [bias])]
+        key = kernel, mix.data_ptr()
+        with self._lock:
+            copies, packed = self._kept.pop(key, ([], mix))
+        if not copies or not all(map(torch.equal, copies, parameters)):
+            copies, packed = [t.detach().clone() for t in parameters], kernel.pack(mix, spatial, bias)
+        with self._lock:
+            self._kept[key] = copies, packed
+            if len(self._kept) > self._most:
+                del self._kept[next(iter(self._kept))]
+        return packed
+
+
+_packs = _Packs(64)
 
 
 @torch.library.custom_op("gconv::separable_conv", mutates_args=())
@@ -83,7 +142,7 @@ def separable_conv(
     kernel = _kernel_for(x, mix, spatial, bias, group, sizes, in_basis)
     if kernel is None:
         return _as_group_major(reference(find_group(group), sizes, in_basis, x, mix, spatial, bias))
-    return kernel.forward(x, kernel.pack(mix, spatial, bias))
+    return kernel.forward(x, _packs.of(kernel, mix, spatial, bias))
 
 
 @separable_conv.register_fake
@@ -123,7 +182,7 @@ def separable_conv_backward(
     sizes = sizes_of(x.shape, mix.shape, spatial.shape, spatial_first, stride, padding)
     kernel = _kernel_for(x, mix, spatial, bias, group, sizes, in_basis)
     if kernel is not None:
-        of_x, of_mix, of_spatial, of_bias = kernel.backward(x, gradient, kernel.pack(mix, spatial, bias), True)
+        of_x, of_mix, of_spatial, of_bias = kernel.backward(x, gradient, _packs.of(kernel, mix, spatial, bias), True)
         assert of_spatial is not None
     else:
         # PyTorch computes no gradients inside of an operator, but does in a new thread.

@@ -24,6 +24,7 @@ from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
 from gconv.kernels.dispatch import Sizes, mixes_pay
 from gconv.kernels.library import is_supported
+from gconv.kernels.ops import Settings, constant_for_compilers, is_for_operator, separable_conv, settings_of
 from gconv.kernels.separable_conv import Kernel, kernel_of
 from gconv.kernels.small_conv import convolve
 from gconv.system.errors import InputError
@@ -164,7 +165,10 @@ class GroupConvBase(IndexedModule, ABC):
             x = x.unsqueeze(2)
         parameters = self._plain_parameters(x)
         kernel = None if parameters is None else self._kernel_for(x, parameters)
-        if kernel is None:
+        settings = self._operator_settings() if kernel is None and is_for_operator(x) else None
+        if settings is not None:
+            y = separable_conv(x, *self._kernel_parameters(), self.bias, *settings)
+        elif kernel is None:
             planar = to_group_major(x)
             prepared = self._prepared(RunConfig(self._execution, has_channels_last_strides(planar)), parameters)
             y = from_group_major(self._run(planar, prepared), self.group.order)
@@ -218,6 +222,12 @@ class GroupConvBase(IndexedModule, ABC):
         o, i, s, k = self.filter_shape
         sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
         return kernel_of(self.group, sizes, True, self.bias is not None)
+
+    @constant_for_compilers
+    def _operator_settings(self) -> Settings | None:
+        """How the operator that compilers know runs this layer; None where there is no compiled kernel for it."""
+        kernel = self._kernel()
+        return None if kernel is None else settings_of(kernel)
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
         """The factors that the compiled kernel reads: the group mixing and the spatial kernels."""

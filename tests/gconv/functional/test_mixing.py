@@ -71,7 +71,7 @@ def test_the_change_of_basis_pays_where_there_are_many_channels():
     assert not basis_of(group("z2")).pays(10**6, 10**6)  # there is nothing to gain
 
 
-@pytest.mark.skipif(OVER_PIXELS not in variants(), reason="this processor has no AVX-512")
+@pytest.mark.skipif(OVER_PIXELS not in variants(), reason="no AVX-512 here")
 @pytest.mark.parametrize(("stride", "p4", "p4m"), [(1, 5, 3), (2, 10, 8)])
 def test_in_the_kernel_it_pays_where_there_are_few(stride, p4, p4m):
     for on, least in (("p4", p4), ("p4m", p4m)):  # as README says

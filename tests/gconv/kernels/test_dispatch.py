@@ -15,7 +15,7 @@ def map_for(layer):
     return from_group_major(channels_last(torch.randn(1, layer.in_channels * order, 5, 5)), order)
 
 
-@pytest.mark.skipif(OVER_PIXELS not in variants(), reason="this processor has no AVX-512")
+@pytest.mark.skipif(OVER_PIXELS not in variants(), reason="no AVX-512 here")
 def test_the_version_over_pixels_is_for_few_channels():
     def version(channels, on="p4", **more):
         layer = SeparableGConv2d(channels, channels, 3, group=on, form="gc", **more)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gconv import SeparableGConv2d, gconv2d
+from gconv import GConv2d, SeparableGConv2d, gconv2d
 from gconv.functional.expansion import channels_last, from_group_major
 from gconv.kernels.ops import separable_conv
-from tests.gconv.kernels.comparing import close, forms
+from tests.gconv.kernels.comparing import built, close, forms
 
 
 def given(form, *, dtype=torch.float32, name="p4", k=3, stride=1, bias=True, grouped=True, rank=2):
@@ -50,10 +50,20 @@ def test_it_runs_without_the_kernel(only, form):
 
 
 @forms
-@pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_pytorch_finds_nothing_wrong_with_it(form, grouped, bias):
-    torch.library.opcheck(separable_conv, given(form, grouped=grouped, bias=bias)[2])
+def test_pytorch_finds_nothing_wrong_with_it(form):
+    torch.library.opcheck(separable_conv, given(form, grouped=form == "gc", bias=form == "gc")[2])
+
+
+@built
+@forms
+def test_a_changed_parameter_is_seen(form):
+    layer, x, arguments = given(form)
+    for parameter in layer.parameters():
+        with torch.no_grad():
+            before = separable_conv(*arguments)
+            parameter.data.add_(1)  # which no counter of versions sees
+            assert not torch.allclose(separable_conv(*arguments), before)
+        close_to_the_definition(layer, x, arguments)
 
 
 @forms
@@ -68,3 +78,24 @@ def test_its_flops_are_those_of_the_products(form, stride, backward):
     of_input, of_output = layer.macs()
     macs = 2 * (of_input * 6 * 7 + of_output * y.shape[3] * y.shape[4])
     assert counter.get_total_flops() == 2 * macs * (3 if backward else 1)
+
+
+@built
+@pytest.mark.parametrize(
+    "layer", [SeparableGConv2d(4, 4, 3, padding=1, group="p4", form="gc"), GConv2d(30, 30, 3, group="p4")]
+)
+def test_a_compiled_layer_keeps_the_kernel_and_an_exported_one_does_not_need_it(layer):
+    x = from_group_major(channels_last(torch.randn(2, 4 * layer.in_channels, 6, 7)), 4)
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compiled(x)
+    assert "gconv::forward" in {event.key for event in profile.key_averages()}
+    direction = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(run(x), list(layer.parameters()), direction) for run in (compiled, layer))
+    for one, other in zip(ours, theirs, strict=True):
+        assert close(one, other)
+    torch.compiler.reset()
+    exported = torch.export.export(layer, (x,))
+    assert not any("gconv" in str(node.target) for node in exported.graph.nodes if node.op == "call_function")

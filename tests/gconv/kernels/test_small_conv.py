@@ -12,7 +12,7 @@ from gconv.kernels import small_conv
 from gconv.kernels.small_conv import runs_small_conv
 from tests.gconv.kernels.comparing import close
 
-narrow = pytest.mark.skipif(not runs_small_conv(), reason="this processor has no AVX-512")
+narrow = pytest.mark.skipif(not runs_small_conv(), reason="no AVX-512 here")
 
 
 @narrow
