@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +37,16 @@ def _sigint_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def precision() -> Iterator[dict[str, Any]]:
+    """PyTorch's settings of the precision of float32, by the names below."""
+    b = torch.backends
+    owners = {"all": b, "cudnn": b.cudnn, "conv": b.cudnn.conv, "rnn": b.cudnn.rnn, "matmul": b.cuda.matmul}
+    before = {name: owner.fp32_precision for name, owner in owners.items()}
+    yield owners
+    b.cudnn.allow_tf32 = True
+    for name, owner in owners.items():
+        owner.fp32_precision = before[name]
+    assert b.cudnn.allow_tf32  # both interfaces agree again

@@ -182,7 +182,7 @@ class ConversionReport:
 
     def _describe(self, row: LayerReport, before: nn.Module, after: nn.Module) -> None:
         assert isinstance(before, (GConv2d, SeparableGConv2d)) and isinstance(after, (GConv2d, SeparableGConv2d))
-        row.weight_error = relative_error(after.weight, before.weight)
+        row.weight_error = relative_weight_error(after.weight, before.weight)
         if isinstance(after, SeparableGConv2d):
             row.execution = after.execution
         if row.form is not None:
@@ -201,7 +201,7 @@ def random_images(model: nn.Module, input_shape: Sequence[int], seed: int) -> Te
     return images.to(next(model.parameters()))
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
+def relative_weight_error(value: Tensor, reference: Tensor) -> float:
     """The Frobenius norm of the difference, relative to that of the reference."""
     norm = reference.double().norm().item()
     return (value.double() - reference.double()).norm().item() / norm if norm else 0.0

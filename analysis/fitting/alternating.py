@@ -110,7 +110,7 @@ def fit_factors(
     factors = form.factor(filter_, rank, layer.tables.pixels)
     flat = filter_.flatten(1)
     bias = None if layer.bias is None else given.target - flat @ given.mean
-    return Fit(*factors, bias, output_error(flat, moments), (*history, *more[1:]))
+    return Fit(*factors, bias, relative_output_error(flat, moments), (*history, *more[1:]))
 
 
 def _alternate(
@@ -158,7 +158,7 @@ def work_of_round(form: Form, rank: int, shape: FilterShape) -> tuple[int, bool]
     return (direct if solved else improved), solved
 
 
-def output_error(generator: Tensor, moments: Moments) -> float:
+def relative_output_error(generator: Tensor, moments: Moments) -> float:
     """The relative output error ``sqrt(mean_o J_o / c_o)`` of a generator ``[O, n]``.
 
     Channels without power do not count.

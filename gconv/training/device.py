@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gconv.functional.expansion import is_tf32_allowed
 from gconv.kernels.config import kernel_config
 from gconv.system.errors import InputError, one_of
 
@@ -35,7 +36,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "kernel": kernel_config(),
-        **({"tf32": torch.backends.cudnn.allow_tf32} if on_gpu else {}),
+        **({"tf32": is_tf32_allowed()} if on_gpu else {}),
     }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.fitting import alternating as fitting
-from analysis.fitting.alternating import PRIOR, fit_factors, output_error, work_of_round
+from analysis.fitting.alternating import PRIOR, fit_factors, relative_output_error, work_of_round
 from analysis.fitting.factor_problem import FactorProblem
 from analysis.fitting.moments import Moments
 from gconv import FORMS, GConv2d, InputError, SeparableGConv2d
@@ -357,7 +357,7 @@ def test_the_error_is_that_of_the_fitted_output(form, layer, data, noise):
     ratios = (got - outputs).square().mean(0) / power
     assert abs(result.error - float(ratios.mean().sqrt())) < 1e-6
     if layer.bias is None:
-        assert abs(output_error(generator, moments) - result.error) < 1e-6
+        assert abs(relative_output_error(generator, moments) - result.error) < 1e-6
 
 
 @every_form
@@ -403,8 +403,8 @@ def test_channels_without_power_do_not_count_in_the_error():
     outputs[:, 1] = 0
     moments = moments_of(patches, outputs)
     generator = 0.5 * layer.weight.detach().flatten(1)
-    assert abs(output_error(generator, moments) - 0.5) < 1e-9
-    assert output_error(generator, moments_of(0 * patches, 0 * outputs)) == 0
+    assert abs(relative_output_error(generator, moments) - 0.5) < 1e-9
+    assert relative_output_error(generator, moments_of(0 * patches, 0 * outputs)) == 0
 
 
 # --- units

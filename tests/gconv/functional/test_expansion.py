@@ -173,19 +173,6 @@ def test_the_view_of_a_single_image_stays_channels_last():
     assert again.equal(planar) and again.stride() == planar.stride() and again.data_ptr() == planar.data_ptr()
 
 
-@pytest.fixture
-def precision():
-    """PyTorch's settings of the precision of float32, by the names below."""
-    b = torch.backends
-    owners = {"all": b, "cudnn": b.cudnn, "conv": b.cudnn.conv, "rnn": b.cudnn.rnn, "matmul": b.cuda.matmul}
-    before = {name: owner.fp32_precision for name, owner in owners.items()}
-    yield owners
-    b.cudnn.allow_tf32 = True
-    for name, owner in owners.items():
-        owner.fp32_precision = before[name]
-    assert b.cudnn.allow_tf32  # both interfaces agree again
-
-
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older interface only")
 @pytest.mark.parametrize(
     ("settings", "allowed"),

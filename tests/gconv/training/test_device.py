@@ -30,3 +30,13 @@ def test_the_environment_is_plain_data():
     assert found["device"] == "cpu"
     assert found["threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older interface only")
+@pytest.mark.parametrize(("conv", "rnn", "tf32"), [("ieee", "tf32", False), ("tf32", "ieee", True)])
+def test_the_environment_on_a_gpu_tells_tf32_as_set_by_the_newer_interface(monkeypatch, precision, conv, rnn, tf32):
+    """With these settings, reading ``torch.backends.cudnn.allow_tf32`` raises an error."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    precision["conv"].fp32_precision = conv
+    precision["rnn"].fp32_precision = rnn
+    assert environment(torch.device("cuda"))["tf32"] is tf32
