@@ -7,10 +7,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 INSTALL := $(PY) -m pip install --disable-pip-version-check
+LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test kernels sanitize aarch64 wheel check bench install constraints clean
+.PHONY: help demo test test-lowest kernels sanitize aarch64 wheel check bench install constraints clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [JOBS=4], where TARGET is one of'
@@ -23,6 +24,9 @@ demo: $(STAMP) ## convert a trained p4 network into a separable one and retrain 
 
 test: $(STAMP) ## run the tests, JOBS at a time
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
+test-lowest: $(LOWEST)/.installed ## run the tests with the lowest versions of everything but torch; needs Python 3.11
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 kernels: $(STAMP) ## run the tests of the layers with each version of the compiled kernels, and without
 	for kernel in any avx2 none; do \
@@ -62,6 +66,15 @@ $(STAMP): pyproject.toml constraints.txt Makefile setup.py $(wildcard gconv/kern
 	$(INSTALL) -c constraints.txt -e '.[dev,export,notebooks]'
 	@touch $@
 
+# Python is the lowest version too: some packages have no wheels of their lowest versions for a newer one.
+$(LOWEST)/.installed: pyproject.toml constraints.txt tests/lowest_versions.py setup.py $(wildcard gconv/kernels/csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	|| { echo "Python 3.11 is needed, and '$(PYTHON)' is not: name it, as in make test-lowest PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(PYTHON) -m tests.lowest_versions > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c $(LOWEST)/constraints.txt -e '.[dev,export,notebooks]'
+	@touch $@
+
 constraints: ## replace the pins in constraints.txt by the newest versions that pyproject.toml allows
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
@@ -72,6 +85,6 @@ constraints: ## replace the pins in constraints.txt by the newest versions that 
 	mv build/pins/constraints.txt constraints.txt
 	rm -rf build/pins
 
-clean: ## remove .venv, the caches and out/demo
-	rm -rf $(VENV) build dist gconv/kernels/_compiled.* out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean: ## remove .venv, .venv-lowest, the caches and out/demo
+	rm -rf $(VENV) $(LOWEST) build dist gconv/kernels/_compiled.* out/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -17,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.lowest_versions import lowest_versions
+
 ROOT = Path(__file__).resolve().parents[1]
 CONDA_NAMES = {"pytorch": "torch"}  # conda-forge's name: PyPI's, where they differ
 MAX_BYTES = 4_000_000
@@ -66,6 +68,21 @@ def test_dependency_is_pinned_inside_its_range(name: str) -> None:
 def test_every_constraint_is_an_exact_version_without_local_suffix() -> None:
     loose = {name: pin for name, pin in pins().items() if not re.fullmatch(r"==[^*+]+", pin)}
     assert not loose
+
+
+def test_the_lowest_versions_are_the_lower_bounds_and_the_torch_that_is_tested() -> None:
+    lowest = {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, lowest_versions())}
+    assert lowest.pop("torch") == pins()["torch"]
+    bounds = {name: str(specifier).replace(">=", "==") for name, specifier in declared().items()}
+    assert lowest == {name: bound for name, bound in bounds.items() if name != "torch"}
+
+
+@pytest.mark.parametrize("line", ['"scipy"', '"scipy<2"', '"scipy>=1.11,<2"', '"scipy[extra]>=1.11"'])
+def test_a_range_without_one_lower_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(f"[project]\ndependencies = [{line}]\noptional-dependencies = {{}}\n")
+    monkeypatch.setattr("tests.lowest_versions.ROOT", tmp_path)
+    with pytest.raises(ValueError, match="lower bound alone"):
+        lowest_versions()
 
 
 def test_environment_yml_has_the_ranges_of_pyproject() -> None:
@@ -125,15 +142,15 @@ def test_targets_depend_on_the_stamp_and_the_stamp_on_what_decides_the_install()
 def test_bare_make_lists_the_targets() -> None:
     done = make(cwd=ROOT)
     assert done.returncode == 0
-    for target in ("demo", "test", "check", "clean"):
+    for target in ("demo", "test", "test-lowest", "check", "clean"):
         assert re.search(rf"^ +{target} +\S", done.stdout, flags=re.MULTILINE)
 
 
-# A stand-in for Python: says how old it is, makes a .venv that holds itself, and logs what pip is asked to do.
+# A stand-in for Python: says how old it is, makes virtual environments of itself, and logs what pip is asked to do.
 STAND_IN = """#!/bin/sh
 case "$1 $2" in
   -c*) test ! -e "{root}/too-old" ;;
-  "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m venv") for venv; do :; done; mkdir -p "$venv/bin" && cp "$0" "$venv/bin/python" ;;
   "-m pip") echo "$@" >> "{root}/pip.log"; test ! -e "{root}/offline" ;;
 esac
 """
@@ -143,6 +160,8 @@ esac
 def checkout(tmp_path: Path) -> Path:
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "lowest_versions.py", tmp_path / "tests")
     python = tmp_path / "python"
     python.write_text(STAND_IN.format(root=tmp_path))
     python.chmod(0o755)
@@ -161,6 +180,15 @@ def test_make_installs_with_the_constraints_once(checkout: Path) -> None:
         assert done.returncode == 0, done.stderr
     [command] = installs(checkout)
     assert command.endswith("-c constraints.txt -e .[dev,export,notebooks]")
+
+
+@needs_make
+def test_the_lowest_versions_are_installed_once(checkout: Path) -> None:
+    for _ in range(2):
+        done = make(".venv-lowest/.installed", f"PYTHON={checkout}/python", cwd=checkout)
+        assert done.returncode == 0, done.stderr
+    [command] = installs(checkout)
+    assert command.endswith("-c .venv-lowest/constraints.txt -e .[dev,export,notebooks]")
 
 
 @needs_make
@@ -185,12 +213,13 @@ def test_a_failed_install_is_tried_again(checkout: Path) -> None:
 
 
 @needs_make
-def test_an_old_python_is_refused_in_one_line(checkout: Path) -> None:
+@pytest.mark.parametrize(("target", "venv"), [("install", ".venv"), (".venv-lowest/.installed", ".venv-lowest")])
+def test_an_old_python_is_refused_in_one_line(checkout: Path, target: str, venv: str) -> None:
     (checkout / "too-old").touch()
-    done = make("install", f"PYTHON={checkout}/python", cwd=checkout)
+    done = make(target, f"PYTHON={checkout}/python", cwd=checkout)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert len(said) == 1
     assert "3.11" in said[0]
     assert f"{checkout}/python" in said[0]
-    assert not (checkout / ".venv").exists()
+    assert not (checkout / venv).exists()
