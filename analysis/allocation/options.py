@@ -10,6 +10,7 @@ from gconv.functional.form_base import Form
 from gconv.functional.forms import FORMS, form_named
 from gconv.functional.mixing import basis_of
 from gconv.nn.conv import GConv2d
+from gconv.nn.execution import auto_execution, kernel_for
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
@@ -79,13 +80,13 @@ def smaller_options(
 
 
 def option_at(layer: Layer, curve: Sequence[float], form: Form, rank: int, positions: tuple[int, int]) -> Option:
-    """A form and rank for a layer, with the form's default execution, or ``dense`` if that takes fewer MACs.
+    """A form and rank for a layer, run as ``auto`` does on this machine, or ``dense`` if that takes fewer MACs.
 
     (On a map that shrinks to a point, mixing channels at every position of the input costs more than the full filter at
     the one position of the output.)
     """
-    channels = layer.out_channels, layer.in_channels
-    default = SeparableGConv2d.default_execution(form, layer.group, *channels, layer.sampling.stride)
+    kernel = kernel_for(layer.weight)
+    default = auto_execution(form, layer.group, layer.filter_shape, rank, layer.sampling, kernel)
     counts = {way: executed_macs(layer, form, rank, way, positions) for way in (default, "dense")}
     execution = min(counts, key=counts.__getitem__)
     macs = counts[execution]

@@ -17,7 +17,7 @@ from gconv.functional.form_base import Execution
 from gconv.functional.forms import FORMS, check_execution
 from gconv.nn.separable_conv import SeparableGConv2d
 
-from .layers import Layer, Runs
+from .layers import Layer, Runs, choose_execution
 from .report import LayerReport
 
 
@@ -82,12 +82,16 @@ def _timed(layer: Layer, option: Option, x: Tensor, execution: str) -> tuple[Exe
     with torch.random.fork_rng(devices=[]):
         separable = SeparableGConv2d.like(layer, option.form, option.rank)
     fastest, times, _ = fastest_execution(separable, x)
-    chosen = fastest if execution == "auto" else check_execution(execution)
+    asked = check_execution(execution)
+    chosen = fastest if asked == "auto" else asked
     return chosen, times[chosen]
 
 
 def choose_executions(before: nn.Module, after: nn.Module, rows: Sequence[LayerReport], size: Sequence[int]) -> None:
     """Let every converted layer run the fastest way, as measured here. Layers of one kind share measurements.
+
+    A layer for which ``auto`` gives the fastest way is left to ``auto``. All others are set to it, and their reasons
+    say so.
 
     Args:
         before: the network as given.
@@ -104,9 +108,14 @@ def choose_executions(before: nn.Module, after: nn.Module, rows: Sequence[LayerR
         key = (layer.form.name, layer.rank, _kind(original, x))  # type: ignore[arg-type]
         if key not in known:
             known[key] = _fastest(original, layer, x)
-        layer.execution, times, as_given = known[key]
-        row.milliseconds = as_given, times[layer.execution]
-        row.why += f"; {layer.execution}: " + ", ".join(f"{ms:.2f} ms {way}" for way, ms in times.items())
+        layer.execution = "auto"
+        auto = layer.resolved_execution
+        chosen, times, as_given = known[key]
+        choose_execution(layer, chosen)
+        row.milliseconds = as_given, times[chosen]
+        row.why += f"; {chosen}: " + ", ".join(f"{ms:.2f} ms {way}" for way, ms in times.items())
+        if layer.execution != "auto":
+            row.why += f"; set to {chosen} as timed on this machine, where auto is {auto}"
 
 
 def _fastest(

@@ -13,12 +13,12 @@ from analysis.fitting.alternating import fit_factors
 from analysis.fitting.bn_recalibration import reestimate_batchnorm
 from analysis.fitting.moments import channel_weights, collect_moments, passes
 from analysis.fitting.reconstruction import refine, refinement_steps
-from gconv.functional.form_base import Execution
+from gconv.functional.form_base import ExecutionChoice
 from gconv.functional.forms import FORMS
 from gconv.models.cost import cost
 from gconv.nn.separable_conv import SeparableGConv2d
 
-from .layers import replace_layer
+from .layers import choose_execution, replace_layer
 from .request import Request
 
 # Large networks see fewer images, in fewer groups of layers: each number has a limit in multiply-accumulates beside it.
@@ -57,8 +57,9 @@ def build(request: Request, plan: Plan) -> Built:
         _fit_outputs(request, plan, names, built)
         return built
     for name in names:
-        form, rank, execution = _settings(request, plan[name])
-        new = SeparableGConv2d.from_dense(request.layers[name], form, rank, execution)
+        form, rank = _size(plan[name])
+        new = SeparableGConv2d.from_dense(request.layers[name], form, rank)
+        _set_execution(new, request, plan[name])
         replace_layer(built.network, name, new)
     return built
 
@@ -71,16 +72,17 @@ def _fit_outputs(request: Request, plan: Plan, names: list[str], built: Built) -
     images = train[order[: min(_IMAGES, max(1, _IMAGES_WORK // macs))]]
     some = images[: min(_WEIGHT_IMAGES, max(1, _WEIGHT_WORK // macs))]
     weights = channel_weights(request.before, names, some, seed=request.seed)
-    executions: dict[str, Execution] = {}
+    executions: dict[str, ExecutionChoice] = {}
     # Each group takes three passes: for its inputs, for its outputs, and for batch norm thereafter.
     number = max(1, min(_PASSES, _PASSES_WORK // (3 * macs * len(images))))
     for group in passes(request.before, names, -(-len(names) // number)):
         moments = collect_moments(request.before, after, group, images, seed=request.seed, patches=_PATCHES)
         for name in group:
-            layer, (form, rank, execution) = request.layers[name], _settings(request, plan[name])
+            layer, (form, rank) = request.layers[name], _size(plan[name])
             fitted = fit_factors(layer, FORMS[form], rank, moments.pop(name), weights=weights[name])
             built.errors[name] = fitted.error
-            new = SeparableGConv2d.from_factors(layer, form, fitted.mix, fitted.spatial, fitted.bias, execution)
+            new = SeparableGConv2d.from_factors(layer, form, fitted.mix, fitted.spatial, fitted.bias)
+            _set_execution(new, request, plan[name])
             executions[name] = new.execution
             if "irrep" not in new.form.executions:
                 new.execution = "dense"  # while it is built: factorised, these forms make maps many times larger
@@ -95,8 +97,18 @@ def _fit_outputs(request: Request, plan: Plan, names: list[str], built: Built) -
         done.execution = as_planned
 
 
-def _settings(request: Request, choice: Choice) -> tuple[str, int, str | None]:
-    """Form, rank and execution."""
+def _size(choice: Choice) -> tuple[str, int]:
+    """Form and rank."""
     option = choice.option
     assert option is not None and option.form is not None and option.rank is not None
-    return option.form, option.rank, option.execution if request.execution == "auto" else request.execution
+    return option.form, option.rank
+
+
+def _set_execution(layer: SeparableGConv2d, request: Request, choice: Choice) -> None:
+    """Let a new layer run as the user asked, or else as planned."""
+    option = choice.option
+    assert option is not None and option.execution is not None
+    if request.execution == "auto":
+        choose_execution(layer, option.execution)
+    else:
+        layer.execution = request.execution

@@ -40,6 +40,21 @@ def group_layers(model: nn.Module) -> dict[str, Layer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, (GConv2d, SeparableGConv2d))}
 
 
+def choose_execution(layer: SeparableGConv2d, execution: str) -> None:
+    """Let a layer run so on this machine. If ``auto`` gives the same here, the layer is left to ``auto``.
+
+    Then a file of the network does not carry this machine's choice to others.
+
+    Raises:
+        InputError: the layer has no such execution.
+    """
+    layer.execution = execution
+    chosen = layer.resolved_execution
+    layer.execution = "auto"
+    if layer.resolved_execution != chosen:
+        layer.execution = execution
+
+
 def sharing(model: nn.Module) -> dict[str, str]:
     """For each group-to-group layer that shares a parameter with another module, how: a line for the report."""
     owners: dict[nn.Parameter, list[str]] = defaultdict(list)

@@ -36,7 +36,9 @@ class LayerReport:
         explained_energy: for each form the share of energy kept at rank 1, 2, ….
         form: the form it was given, None if it was left as it was.
         rank: its rank in that form.
-        execution: how it runs.
+        execution: how it runs on this machine.
+        forced: whether that was set, by the user or because it was timed to be faster, so that it runs in this way on
+            every machine. Otherwise its execution is ``auto``.
         why: the reasons for this choice, in words.
         weight_error: relative Frobenius error of the filter.
         fit_error: relative error of the layer's output on training images when it was fitted; None without data.
@@ -55,6 +57,7 @@ class LayerReport:
     rank: int | None
     why: str
     execution: str | None = None
+    forced: bool = False
     weight_error: float = 0.0
     fit_error: float | None = None
     milliseconds: tuple[float, float] | None = None
@@ -184,7 +187,7 @@ class ConversionReport:
         assert isinstance(before, (GConv2d, SeparableGConv2d)) and isinstance(after, (GConv2d, SeparableGConv2d))
         row.weight_error = relative_weight_error(after.weight, before.weight)
         if isinstance(after, SeparableGConv2d):
-            row.execution = after.execution
+            row.execution, row.forced = after.resolved_execution, after.execution != "auto"
         if row.form is not None:
             assert isinstance(after, SeparableGConv2d)
             row.form, row.rank = after.form.name, after.rank

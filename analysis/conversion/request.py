@@ -14,7 +14,7 @@ from analysis.allocation.allocators import ALLOCATORS
 from analysis.allocation.budget import Budget
 from analysis.allocation.options import forms_named
 from analysis.allocation.sensitivity import Options, from_table
-from gconv.functional.form_base import EXECUTIONS, Form
+from gconv.functional.form_base import Form
 from gconv.functional.forms import FORMS, check_execution
 from gconv.models.cost import Cost, cost
 from gconv.system.errors import InputError, one_of
@@ -131,13 +131,11 @@ def _check_names(forms: tuple[Form, ...], allocation: str, minimise: str, execut
     for label, value, known in (
         ("allocation", allocation, ("auto", *ALLOCATORS)),
         ("minimise", minimise, MINIMISE),
-        ("execution", execution, ("auto", *EXECUTIONS)),
     ):
         if value not in known:
             raise one_of(label, value, known)
-    if execution != "auto":
-        for one in forms:
-            check_execution(execution, one)
+    for one in forms:
+        check_execution(execution, one)
 
 
 def _checked_layers(model: nn.Module) -> dict[str, Layer]:

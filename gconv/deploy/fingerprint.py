@@ -38,7 +38,7 @@ def _runs_as_usual(module: nn.Module) -> bool:
     if not isinstance(module, GroupConvBase) or next(module.parameters()).is_cuda:
         return True
     runs_in_irreps = module.runs_in_irreps and module.kernel_size != (1, 1)  # there are few 1x1 layers
-    return module.execution == "dense" and not runs_in_irreps
+    return module.resolved_execution == "dense" and not runs_in_irreps
 
 
 def _is_usual(parameter: nn.Parameter) -> bool:

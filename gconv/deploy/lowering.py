@@ -108,7 +108,7 @@ class _Plain:
 
 def _terms(layer: GroupConvBase) -> tuple[tuple[Convolution, ...], ...]:
     """What the layer does, as a sum of terms, each some convolutions one after the other."""
-    if isinstance(layer, SeparableGConv2d) and layer.execution != "dense":
+    if isinstance(layer, SeparableGConv2d) and layer.resolved_execution != "dense":
         terms = layer.form.convolutions(layer.mix, layer.spatial, layer.tables, layer.sampling)
         if terms is not None:
             return tuple(tuple(_channel_major(step, layer.group.order) for step in term) for term in terms)

@@ -19,6 +19,8 @@ from .mixing import Basis
 
 Execution = Literal["dense", "factorized", "irrep"]
 EXECUTIONS: tuple[Execution, ...] = ("dense", "factorized", "irrep")
+ExecutionChoice = Literal["auto", "dense", "factorized", "irrep"]
+"""What a layer can be told: one execution, or ``auto``, which the machine resolves (:mod:`gconv.nn.execution`)."""
 
 
 class FilterShape(NamedTuple):

@@ -40,7 +40,7 @@ from torch import Tensor
 from gconv.system.errors import InputError, one_of
 
 from .expansion import Sampling, Tables, from_group_major, to_group_major
-from .form_base import EXECUTIONS, Convolution, Execution, FilterShape, Form
+from .form_base import EXECUTIONS, Convolution, ExecutionChoice, FilterShape, Form
 from .mixing import Basis, DirectMixing, IrrepMixing, Mixing
 
 
@@ -241,8 +241,8 @@ def form_named(name: str | Form) -> Form:
     return FORMS[name.lower()]
 
 
-def check_execution(execution: str, form: Form | None = None) -> Execution:
-    """Check that ``execution`` is one of ``EXECUTIONS`` and, if a form is given, that the form has it.
+def check_execution(execution: str, form: Form | None = None) -> ExecutionChoice:
+    """Check that ``execution`` is ``auto`` or one of ``EXECUTIONS`` and, if a form is given, that the form has it.
 
     Returns:
         ``execution``.
@@ -250,8 +250,10 @@ def check_execution(execution: str, form: Form | None = None) -> Execution:
     Raises:
         InputError: it is unknown, or the form does not have it.
     """
+    if execution == "auto":
+        return "auto"
     if execution not in EXECUTIONS:
-        raise one_of("execution", execution, EXECUTIONS)
+        raise one_of("execution", execution, ("auto", *EXECUTIONS))
     for known in EXECUTIONS if form is None else form.executions:
         if execution == known:
             return known
@@ -259,7 +261,7 @@ def check_execution(execution: str, form: Form | None = None) -> Execution:
     having = ", ".join(name for name, other in FORMS.items() if execution in other.executions)
     raise InputError(
         f"form {form.name!r} has no execution {execution!r}, which is for {having}; accepted: "
-        + ", ".join(form.executions)
+        + ", ".join(("auto", *form.executions))
     )
 
 

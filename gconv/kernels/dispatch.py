@@ -11,8 +11,9 @@ from gconv.functional.form_base import FilterShape
 from gconv.functional.forms import FORMS
 from gconv.functional.mixing import Basis, basis_of, regular
 from gconv.groups.point_groups import Group
+from gconv.system.errors import one_of
 
-from .library import library
+from .library import INSTRUCTIONS, MAX_K, MAX_ORDER, library
 
 OVER_PIXELS = 0
 """The version for few channels, vectorised over pixels: a vector holds neighbouring positions of one channel.
@@ -48,6 +49,29 @@ def variants() -> dict[int, int]:
     return found
 
 
+KERNELS = ("none", *INSTRUCTIONS)
+"""The classes of machines, by the instruction set of the kernels; ``none`` has no kernels. As for ``GCONV_KERNEL``."""
+
+_LANES = {"any": 4, "avx2": 8, "avx512": 16}
+
+
+def variants_with(kernel: str) -> dict[int, int]:
+    """As :func:`variants`, on a machine of another class; only the fastest version over channels is listed.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if kernel not in KERNELS:
+        raise one_of("kernel", kernel, KERNELS)
+    if kernel == "none":
+        return {}
+    over_pixels = {OVER_PIXELS: 1} if kernel == "avx512" else {}
+    return over_pixels | {OVER_PIXELS + 1: _LANES[kernel]}
+
+
 class Sizes(NamedTuple):
     """The sizes of a layer.
 
@@ -79,19 +103,39 @@ class Sizes(NamedTuple):
         return (height + reach) // self.stride + 1, (width + reach) // self.stride + 1
 
 
+def is_supported_size(sizes: Sizes) -> bool:
+    """Whether the kernel, where there is one, can run layers of this size."""
+    s, _, _, _, _, k, _, padding, dilation = sizes
+    return dilation == 1 and k <= MAX_K and padding < k and s <= MAX_ORDER
+
+
 def best(group: Group, sizes: Sizes, in_basis: bool) -> tuple[int, int] | None:
     """The fastest version for layers of a size, one item of :func:`variants`; None where there is no kernel."""
-    costs = _estimated_costs(group, sizes, in_basis)
+    costs = _estimated_costs(group, sizes, in_basis, variants())
     return min(variants().items(), key=lambda version: costs.get(version[0], math.inf)) if costs else None
 
 
-def in_basis_pays(group: Group, out_channels: int, in_channels: int, stride: int) -> bool | None:
+def in_basis_pays(
+    group: Group, out_channels: int, in_channels: int, stride: int, kernel: str | None = None
+) -> bool | None:
     """Whether the kernel is faster with the mix in the irreducible representations of the group than without.
 
-    None where there is no kernel.
+    Args:
+        group: the layer's group.
+        out_channels: O.
+        in_channels: I.
+        stride: the layer's stride.
+        kernel: the class of the machine, one of :data:`KERNELS`; by default this machine's.
+
+    Returns:
+        None where there is no kernel.
+
+    Raises:
+        InputError: there is no such class.
     """
     sizes = Sizes(group.order, in_channels, out_channels, 1, False, 3, stride, 0, 1)
-    direct, irreps = (_estimated_costs(group, sizes, in_basis).values() for in_basis in (False, True))
+    candidates = variants() if kernel is None else variants_with(kernel)
+    direct, irreps = (_estimated_costs(group, sizes, in_basis, candidates).values() for in_basis in (False, True))
     return min(irreps) < min(direct) if direct else None
 
 
@@ -115,8 +159,10 @@ def basis_for(group: Group, in_basis: bool) -> Basis:
     return basis_of(group) if in_basis else regular(group)
 
 
-def _estimated_costs(group: Group, sizes: Sizes, in_basis: bool) -> dict[int, float]:
+def _estimated_costs(group: Group, sizes: Sizes, in_basis: bool, candidates: dict[int, int]) -> dict[int, float]:
     """Estimated cost per output pixel of each candidate version, in multiply-accumulates.
+
+    The candidates are in the form of :func:`variants`.
 
     Mixes and changes of basis are counted, with the products that vectors compute in vain where they are partly empty.
     Other work, such as transposing maps, is expressed in the same unit by constants. These were fitted to times of
@@ -127,7 +173,7 @@ def _estimated_costs(group: Group, sizes: Sizes, in_basis: bool) -> dict[int, fl
     basis = basis_for(group, in_basis)
     changed = (rank * i, o) if spatial_first else (i, rank * o)
     costs = {}
-    for variant, lanes in variants().items():
+    for variant, lanes in candidates.items():
         sizes_of = ((n, matrices.shape[1]) for n, matrices in zip(basis.copies, basis.matrices, strict=True))
         mix = rank * sum(n * d * i * rounded(d * o, lanes) for n, d in sizes_of)
         values = s * in_basis * sum(rounded(channels, lanes) for channels in changed)

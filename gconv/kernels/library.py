@@ -217,6 +217,12 @@ def library() -> Library | None:
     return find_library().library
 
 
+def kernel_class() -> str:
+    """The class of this machine: the instruction set that the kernels use, or ``none`` where there are no kernels."""
+    found = library()
+    return "none" if found is None else INSTRUCTIONS[found.instructions]
+
+
 def require_library() -> Library:
     """The compiled library, where the caller knows that it is there."""
     found = library()

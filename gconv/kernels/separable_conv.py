@@ -34,8 +34,8 @@ from gconv.functional.mixing import basis_like
 from gconv.groups.point_groups import Group
 from gconv.system.errors import InputError
 
-from .dispatch import Sizes, basis_for, best, rounded
-from .library import MAX_K, MAX_ORDER, Layer, address, is_supported, launch, threads
+from .dispatch import Sizes, basis_for, best, in_basis_pays, is_supported_size, rounded
+from .library import Layer, address, is_supported, launch, threads
 
 _MAX_INT = 2**31 - 1  # of a C int
 
@@ -204,18 +204,21 @@ def reference(
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(group: Group, sizes: Sizes, in_basis: bool, biased: bool) -> Kernel | None:
+def kernel_of(group: Group, sizes: Sizes, in_basis: bool | None, biased: bool) -> Kernel | None:
     """The kernel for layers of a size, in the version that is fastest for it; None where no version can run.
 
     Args:
         group: the layer's group.
         sizes: the layer's sizes.
-        in_basis: whether its mix is to be done in the irreducible representations of the group.
+        in_basis: whether its mix is to be done in the irreducible representations of the group; None: whether that is
+            faster.
         biased: whether it has a bias.
     """
-    s, _, _, _, _, k, _, padding, dilation = sizes
+    if in_basis is None:
+        faster = bool(in_basis_pays(group, sizes.out_channels, sizes.in_channels, sizes.stride))
+        return kernel_of(group, sizes, faster, biased)
     version = best(group, sizes, in_basis)
-    if version is None or not (dilation == 1 and k <= MAX_K and padding < k and s <= MAX_ORDER):
+    if version is None or not is_supported_size(sizes):
         return None
     return new_kernel(group, sizes, in_basis, biased, *version)
 

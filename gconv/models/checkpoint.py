@@ -4,9 +4,11 @@
 entry      what it is
 ========== =============================================================================================================
 format     :data:`FORMAT`
-version    :data:`VERSION` of the writer. Version 1 has no settings, frozen and rounded, and one dtype for all weights
+version    :data:`VERSION` of the writer. Version 1 has no settings, frozen and rounded, and one dtype for all weights.
+           Versions 1 and 2 have the execution that each layer ran in, be it chosen or not
 model      the :class:`gconv.ModelSpec` as a dictionary
-layers     form, rank and execution of each group-to-group layer (:func:`layer_choices`)
+layers     form, rank and execution of each group-to-group layer (:func:`layer_choices`). The execution is ``auto``,
+           and so left to the machine that reads the file, unless the user has set it
 settings   by module, the plain attributes that were changed after it was built, for example the ``eps`` of a batch norm
 frozen     the parameters with ``requires_grad=False``
 state_dict the tensors by name
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gconv.functional.forms import check_execution, form_named
 from gconv.nn.conv import GConv2d
 from gconv.nn.replace import replace_module
 from gconv.nn.separable_conv import SeparableGConv2d
@@ -40,7 +43,7 @@ from .networks import Model, ModelSpec
 from .zoo import build_model
 
 FORMAT = "gconv-checkpoint"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -192,6 +195,8 @@ def read(path: str | Path) -> Checkpoint:
     try:
         if version == 1:
             content = _from_version_1(content)
+        if version != VERSION:
+            content = {**content, "layers": _choices_before_version_3(content)}
         spec = ModelSpec.from_dict(content["model"])
         # First without memory, so that a spec cannot ask for more than the file has weights for.
         for device in ("meta", "cpu"):
@@ -224,6 +229,25 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     dtype = torch.float64 if state["fc.weight"].dtype == torch.float64 else torch.float32
     rounded = {name: str(dtype) for name, value in state.items() if value.is_floating_point() and value.dtype != dtype}
     return {**content, "settings": {}, "frozen": [], "rounded": rounded}
+
+
+def _choices_before_version_3(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The choices of a file of version 1 or 2, whose layers have the execution that they ran in.
+
+    It stays if the user asked the conversion for it, or if ``auto`` never gives it for the layer's form: then it was
+    chosen. Otherwise it may be what ``auto`` gave on the machine that wrote the file, and becomes ``auto``.
+    """
+    conversion = content["record"].get("conversion") or {}
+    asked = conversion.get("request", {}).get("execution", "auto")
+    choices = {}
+    for name, choice in content["layers"].items():
+        if choice["form"] is not None:
+            form = form_named(choice["form"])
+            execution = check_execution(choice["execution"], form)
+            given_by_auto = execution in (form.default_execution, "irrep")
+            choice = {**choice, "execution": "auto" if given_by_auto and execution != asked else execution}
+        choices[name] = choice
+    return choices
 
 
 def _build(spec: ModelSpec, device: str) -> Model:
@@ -287,7 +311,7 @@ def _apply_settings(model: Model, settings: dict[str, dict[str, Any]]) -> None:
 
 
 def layer_choices(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """For each group-to-group layer its form (None if full), rank and execution, as plain data."""
+    """For each group-to-group layer its form (None if full), rank and execution as it was set, as plain data."""
     choices: dict[str, dict[str, Any]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, SeparableGConv2d):

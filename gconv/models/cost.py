@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gconv.functional.forms import check_execution
+from gconv.kernels.dispatch import variants_with
 from gconv.nn.base import GroupConvBase
 from gconv.nn.capture import Call, watch_calls
+from gconv.nn.execution import kernel_for
 from gconv.nn.modes import evaluating
 from gconv.system.errors import InputError
 
@@ -49,10 +51,13 @@ class Cost:
         layers: one row for each module that has parameters of its own or calls a convolution, in the order in which
             they run; then those that did not run.
         notes: what the rows do not tell: parameters that several layers share, and layers that did not run.
+        kernel: the class of machines that ``macs_executed`` holds for: the instruction set of the compiled kernel
+            (``any``, ``avx2`` or ``avx512``), or ``none`` where PyTorch's operations run all layers.
     """
 
     layers: tuple[LayerCost, ...]
     notes: tuple[str, ...] = ()
+    kernel: str = "none"
 
     @property
     def parameters(self) -> int:
@@ -70,7 +75,9 @@ class Cost:
         return sum(layer.macs_executed for layer in self.layers)
 
 
-def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None = None) -> Cost:
+def cost(
+    model: nn.Module, input_shape: Sequence[int], *, execution: str | None = None, kernel: str | None = None
+) -> Cost:
     """Count parameters, and the multiply-accumulates (MACs) of one forward pass on one image.
 
     A MAC is one multiplication and one addition (so 2 FLOPs) inside a convolution. Convolutions alone are counted, as
@@ -86,8 +93,9 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
     - *published*: every separable layer is charged for its two factors, both at the layer's output resolution. This
       is optimistic where the group 1x1 convolution runs first, on the larger input map of an unpadded or strided layer.
     - *as executed*: what runs. A factorised layer is charged for the group 1x1 convolution at the resolution where it
-      runs. A layer that runs dense, and every full layer, is charged for the dense convolution, also where the compiled
-      kernel runs it with fewer MACs (:class:`gconv.GConv2d`). Building filters does not depend on the image, and is not
+      runs. In which basis it mixes may depend on the machine (:attr:`gconv.SeparableGConv2d.resolved_execution`). A
+      layer that runs dense, and every full layer, is charged for the dense convolution, also where the compiled kernel
+      runs it with fewer MACs (:class:`gconv.GConv2d`). Building filters does not depend on the image, and is not
       counted.
 
     Args:
@@ -95,10 +103,14 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
         input_shape: shape of one input without the batch, e.g. ``(1, 28, 28)``.
         execution: count as if all separable layers ran this way (``"factorized"``: the group 1x1 convolution first, as
             in the published code; ``"dense"``); by default each layer's own.
+        kernel: count as on a machine of this class, where layers with the execution ``auto`` run as is fastest there:
+            ``"none"`` (no compiled kernel), ``"any"``, ``"avx2"`` or ``"avx512"``. By default as on this machine.
 
     Raises:
-        InputError: unknown execution, or the model does not take that input.
+        InputError: unknown execution or kernel, or the model does not take that input.
     """
+    if kernel is not None:
+        variants_with(kernel)  # checks the name
     if execution is not None:
         check_execution(execution)
         for layer in model.modules():
@@ -106,7 +118,7 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
                 layer.macs(execution)  # a form may not have it
     model = getattr(model, "_orig_mod", model)  # the network in a compiled one
     like = next(model.parameters(), torch.empty(0))
-    counter = _Counter(execution)
+    counter = _Counter(execution, kernel)
     watched = watch_calls(model.modules(), before=counter.enter, after=counter.leave)
     try:
         with evaluating(model), torch.no_grad(), watched, counter:
@@ -114,7 +126,7 @@ def cost(model: nn.Module, input_shape: Sequence[int], *, execution: str | None 
     except (InputError, RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         what = " ".join(str(error).split())
         raise InputError(f"the network does not take an input of shape {list(input_shape)}: {what}") from error
-    return _with_parameters(model, counter.ran)
+    return _with_parameters(model, counter.ran, kernel_for(like) if kernel is None else kernel)
 
 
 @dataclass
@@ -138,10 +150,10 @@ class _Counter(TorchDispatchMode):
         ran: the modules in the order in which they finished for the first time.
     """
 
-    def __init__(self, execution: str | None) -> None:
+    def __init__(self, execution: str | None, kernel: str | None) -> None:
         super().__init__()
         self.ran: dict[nn.Module, _Run] = {}
-        self._execution = execution
+        self._execution, self._kernel = execution, kernel
         self._running: list[tuple[nn.Module, _Run]] = []
 
     @classmethod
@@ -156,7 +168,7 @@ class _Counter(TorchDispatchMode):
         if not (this.into or this.out):
             this.into, this.out = _positions(call.input), _positions(_first_tensor(call.output))
         if isinstance(layer, GroupConvBase):
-            at_input, at_output = layer.macs(self._execution)
+            at_input, at_output = layer.macs(self._execution, self._kernel)
             this.add(this.out * sum(layer.macs("factorized")), this.into * at_input + this.out * at_output)
         total = self.ran.setdefault(layer, _Run())
         total.add(this.published, this.executed)
@@ -185,7 +197,7 @@ def _first_tensor(output: Any) -> Tensor | None:
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
 
 
-def _with_parameters(model: nn.Module, ran: dict[nn.Module, _Run]) -> Cost:
+def _with_parameters(model: nn.Module, ran: dict[nn.Module, _Run], kernel: str) -> Cost:
     """The rows of what ran, and of what has parameters but did not run."""
     names = {module: name for name, module in model.named_modules()}
     owned: dict[nn.Parameter, str] = {}  # the name under which a parameter was counted
@@ -207,4 +219,4 @@ def _with_parameters(model: nn.Module, ran: dict[nn.Module, _Run]) -> Cost:
         if has_parameters or (run is not None and run.executed):
             run = run or _Run()
             rows.append(LayerCost(name, kind, new, run.published, run.executed, (run.into, run.out)))
-    return Cost(tuple(rows), tuple(notes))
+    return Cost(tuple(rows), tuple(notes), kernel)

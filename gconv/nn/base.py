@@ -18,7 +18,7 @@ from gconv.functional.expansion import (
     to_group_major,
 )
 from gconv.functional.expansion import relu as relu_of
-from gconv.functional.form_base import Execution, FilterShape
+from gconv.functional.form_base import Execution, ExecutionChoice, FilterShape
 from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
@@ -48,7 +48,7 @@ class GroupConvBase(IndexedModule, ABC):
     bias: nn.Parameter | None
     weight: Any  # the generator
     _factors: ClassVar[tuple[str, ...]]  # the names of the filter's parameters
-    _execution: Execution = "dense"
+    _execution: ExecutionChoice = "dense"
     _cache: PackedCache | None = None
 
     def __init__(
@@ -110,13 +110,15 @@ class GroupConvBase(IndexedModule, ABC):
         """Multiply-accumulates per output position of the convolution with the expanded filter."""
         return self.out_channels * self.group.order * self.fan_in
 
-    def macs(self, execution: str | None = None) -> tuple[int, int]:
+    def macs(self, execution: str | None = None, kernel: str | None = None) -> tuple[int, int]:
         """Multiply-accumulates per position of the (input map, output map), as executed; see :func:`gconv.cost`."""
         return 0, self.dense_macs
 
     @property
-    def execution(self) -> Execution:
-        """How the layer computes its output: ``"dense"``, ``"factorized"`` or ``"irrep"``.
+    def execution(self) -> ExecutionChoice:
+        """How the layer is told to compute its output: ``"auto"``, ``"dense"``, ``"factorized"`` or ``"irrep"``.
+
+        Full layers have ``"dense"`` only. See :attr:`resolved_execution` for what runs.
 
         Raises:
             InputError: on assignment of a value that the layer does not have.
@@ -127,7 +129,17 @@ class GroupConvBase(IndexedModule, ABC):
     def execution(self, execution: str) -> None:
         self._execution = self._checked_execution(execution)
 
-    def _checked_execution(self, execution: str) -> Execution:
+    @property
+    def resolved_execution(self) -> Execution:
+        """How the layer runs on this machine: ``"dense"``, ``"factorized"`` or ``"irrep"``."""
+        return "dense"
+
+    @property
+    def _execution_without_kernel(self) -> Execution:
+        """How the layer runs in PyTorch's operations."""
+        return "dense"
+
+    def _checked_execution(self, execution: str) -> ExecutionChoice:
         if execution != "dense":
             raise InputError(f"{type(self).__name__} has no execution {execution!r}; accepted: dense")
         return "dense"
@@ -170,13 +182,13 @@ class GroupConvBase(IndexedModule, ABC):
             y = separable_conv(x, *self._kernel_parameters(), self.bias, *settings)
         elif kernel is None:
             planar = to_group_major(x)
-            prepared = self._prepared(RunConfig(self._execution, has_channels_last_strides(planar)), parameters)
-            y = from_group_major(self._run(planar, prepared), self.group.order)
+            how = RunConfig(self._execution_without_kernel, has_channels_last_strides(planar))
+            y = from_group_major(self._run(planar, self._prepared(how, parameters)), self.group.order)
         elif kernel.can_fuse_add(residual, x):
             if torch.is_grad_enabled():
                 y, residual = kernel.run(x, *self._kernel_parameters(), self.bias, residual), None
             else:
-                (packed,) = self._prepared(RunConfig(self._execution, True, kernel), parameters).filters
+                (packed,) = self._prepared(RunConfig(self._execution_without_kernel, True, kernel), parameters).filters
                 return kernel.forward(x, packed, residual, relu)
         else:
             y = GroupConvBase.forward(self, x)
@@ -212,7 +224,7 @@ class GroupConvBase(IndexedModule, ABC):
     @property
     def runs_in_irreps(self) -> bool:
         """Whether the compiled kernel runs the full filter as group 1x1 mixing of single pixels (:class:`GConv2d`)."""
-        whole = self._execution == "dense" and not self._lifting
+        whole = self._execution_without_kernel == "dense" and not self._lifting
         return whole and mixes_pay(self.group, self.filter_shape)
 
     def _kernel(self) -> Kernel | None:

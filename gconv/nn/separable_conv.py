@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from gconv.functional.expansion import on_tensor_cores
-from gconv.functional.form_base import Execution, Form
+from gconv.functional.form_base import Execution, ExecutionChoice, Form
 from gconv.functional.forms import check_execution, form_named
-from gconv.functional.mixing import Basis, basis_like, basis_of
+from gconv.functional.mixing import basis_like, basis_of
 from gconv.groups.point_groups import Group
-from gconv.kernels.dispatch import Sizes, in_basis_pays
+from gconv.kernels.dispatch import Sizes
 from gconv.kernels.separable_conv import Kernel, kernel_of
 from gconv.system.errors import InputError
 
 from .base import GroupConvBase
 from .conv import GConv2d
+from .execution import auto_execution, kernel_for
 from .packed_weights import PackedWeights, RunConfig
 
 _Layer = TypeVar("_Layer", bound=GroupConvBase)
@@ -35,10 +36,10 @@ class SeparableGConv2d(GroupConvBase):
         rank: R, from 1 to ``form.max_rank(filter_shape)``.
         execution: how the layer computes its output; the result is the same to rounding. ``"factorized"`` runs the
             group 1x1 mixing and the spatial kernels one after the other. ``"irrep"``, for ``gc`` and ``gc_in``, does so
-            with the mixing in the irreducible representations of the group. ``"dense"`` builds the full filter and
-            runs as :class:`GConv2d` does. By default it is ``"irrep"`` where the form has it and it is faster at this
-            size, and otherwise the form's own. On the tensor cores of a GPU, and under ``torch.compile`` where there
-            are few channels, ``"irrep"`` mixes directly.
+            with the mixing in the irreducible representations of the group; on the tensor cores of a GPU it mixes
+            directly. ``"dense"`` builds the full filter and runs as :class:`GConv2d` does. ``"auto"``, or None, leaves
+            the choice to the machine that the layer runs on (:mod:`gconv.nn.execution`): ``"irrep"`` where the form has
+            it and it is faster for this size, and otherwise ``form.default_execution``.
     """
 
     _factors = ("mix", "spatial")
@@ -56,7 +57,7 @@ class SeparableGConv2d(GroupConvBase):
         group: str | Group,
         form: str | Form = "gc",
         rank: int = 1,
-        execution: str | None = None,
+        execution: str | None = "auto",
         groups: int = 1,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
@@ -80,21 +81,30 @@ class SeparableGConv2d(GroupConvBase):
             dtype=dtype,
         )
         self._basis = basis_of(self.group)
-        if execution is None:
-            sizes = self.out_channels, self.in_channels, self.stride[0]
-            execution = self.default_execution(self.form, self.group, *sizes)
-        self.execution = execution
+        self._auto_without_kernel = self._auto_execution("none")  # kept, as every pass without the kernel needs it
+        self.execution = "auto" if execution is None else execution
 
-    def _checked_execution(self, execution: str) -> Execution:
+    def _checked_execution(self, execution: str) -> ExecutionChoice:
         return check_execution(execution, self.form)
 
-    @staticmethod
-    def default_execution(form: Form, group: Group, out_channels: int, in_channels: int, stride: int = 1) -> Execution:
-        """The execution of a layer of this form and size that was given none."""
-        pays = in_basis_pays(group, out_channels, in_channels, stride)
-        if pays is None:  # no kernel
-            pays = basis_of(group).pays(out_channels, in_channels)
-        return "irrep" if pays and "irrep" in form.executions else form.default_execution
+    @property
+    def resolved_execution(self) -> Execution:
+        """How the layer runs on this machine: ``execution``, or what ``"auto"`` stands for here.
+
+        It holds for the layer's dtype and device. A pass that the compiled kernel cannot run, for example under
+        autocast or ``torch.compile``, resolves ``"auto"`` as on a machine without the kernel.
+        """
+        execution = self._auto_execution() if self._execution == "auto" else self._execution
+        return "factorized" if execution == "irrep" and on_tensor_cores(next(self.parameters())) else execution
+
+    def _auto_execution(self, kernel: str | None = None) -> Execution:
+        if kernel is None:
+            kernel = kernel_for(next(self.parameters()))
+        return auto_execution(self.form, self.group, self.filter_shape, self.rank, self.sampling, kernel)
+
+    @property
+    def _execution_without_kernel(self) -> Execution:
+        return self._auto_without_kernel if self._execution == "auto" else self._execution
 
     def _add_filter(self, like: dict[str, Any]) -> None:
         self.form.check_rank(self.rank, self.filter_shape)
@@ -125,20 +135,17 @@ class SeparableGConv2d(GroupConvBase):
         return self.form.generator(self.mix, self.spatial, self.filter_shape, self.tables.pixels)
 
     def _new_filters(self, how: RunConfig) -> tuple[Any, ...]:
-        if self._execution == "dense":
+        if how.execution == "dense":
             return (self._expanded(self.weight, how.channels_last),)
         mix, spatial = self.mix, self.spatial
-        basis = self._basis_for(self._execution)
-        if basis is not None and torch.compiler.is_compiling():
-            # Without the compiled kernel, irreducible representations pay only where there are many channels.
-            basis = basis if basis.pays(self.out_channels, self.in_channels) else None
-        elif basis is not None:
-            # They save multiply-accumulates, which cost little on tensor cores.
-            basis = None if on_tensor_cores(mix) else basis_like(self.group, mix)
+        basis = None
+        # Irreducible representations save multiply-accumulates, which cost little on tensor cores.
+        if how.execution == "irrep" and not on_tensor_cores(mix):
+            basis = self._basis if torch.compiler.is_compiling() else basis_like(self.group, mix)
         return self.form.filters(mix, spatial, self._tables_at(mix.device), basis)
 
     def _run(self, x: Tensor, prepared: PackedWeights) -> Tensor:
-        if self._execution == "dense":
+        if self._execution_without_kernel == "dense":
             return super()._run(x, prepared)
         w, d = prepared.filters
         return self.form.run(x, w, d, prepared.bias, self.filter_shape, self.rank, self.sampling)
@@ -148,20 +155,31 @@ class SeparableGConv2d(GroupConvBase):
             return super()._kernel()
         o, i, s, k = self.filter_shape
         sizes = Sizes(s, i, o, self.rank, self.form.spatial_first, k, *self.sampling)
-        return kernel_of(self.group, sizes, self._execution == "irrep", self.bias is not None)
+        in_basis = None if self._execution == "auto" else self._execution == "irrep"
+        return kernel_of(self.group, sizes, in_basis, self.bias is not None)
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
-        return super()._kernel_parameters() if self._execution == "dense" else (self.mix, self.spatial)
+        return super()._kernel_parameters() if self._execution_without_kernel == "dense" else (self.mix, self.spatial)
 
-    def _basis_for(self, execution: str) -> Basis | None:
-        return self._basis if execution == "irrep" else None
+    def macs(self, execution: str | None = None, kernel: str | None = None) -> tuple[int, int]:
+        """As in the base class.
 
-    def macs(self, execution: str | None = None) -> tuple[int, int]:
-        """As in the base class, for this ``execution``, by default the layer's own."""
-        execution = check_execution(self.execution if execution is None else execution, self.form)
+        Args:
+            execution: the execution to count; by default the layer's own.
+            kernel: resolve ``auto`` as on a machine of this class (:data:`gconv.kernels.dispatch.KERNELS`); by default
+                as on this one.
+
+        Raises:
+            InputError: the layer has no such execution, or there is no such class.
+        """
+        if execution is None and kernel is None:
+            execution = self.resolved_execution
+        execution = check_execution(self._execution if execution is None else execution, self.form)
+        if execution == "auto":
+            execution = self._auto_execution(kernel)
         if execution == "dense":
             return super().macs()
-        return self.form.macs_by_map(self.filter_shape, self.rank, self._basis_for(execution))
+        return self.form.macs_by_map(self.filter_shape, self.rank, self._basis if execution == "irrep" else None)
 
     def to_dense(self) -> GConv2d:
         """The full layer with the same output. Its parameters are copies."""
@@ -171,7 +189,7 @@ class SeparableGConv2d(GroupConvBase):
 
     @staticmethod
     def like(
-        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
+        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = "auto"
     ) -> SeparableGConv2d:
         """A new, randomly initialised layer of the same shape, group and sampling as ``layer``.
 
@@ -183,7 +201,7 @@ class SeparableGConv2d(GroupConvBase):
 
     @staticmethod
     def from_dense(
-        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = None
+        layer: GConv2d | SeparableGConv2d, form: str | Form, rank: int, execution: str | None = "auto"
     ) -> SeparableGConv2d:
         """The best rank-R approximation of a layer in this form (Frobenius norm, SVD in float64); exact at full rank.
 
@@ -207,7 +225,7 @@ class SeparableGConv2d(GroupConvBase):
         mix: Tensor,
         spatial: Tensor,
         bias: Tensor | None = None,
-        execution: str | None = None,
+        execution: str | None = "auto",
     ) -> SeparableGConv2d:
         """A layer with these factors, and the size, group, sampling, mode, dtype and device of ``layer``.
 

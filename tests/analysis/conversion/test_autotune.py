@@ -76,6 +76,26 @@ def test_a_layer_that_runs_three_times_takes_its_time_three_times(clock):
     assert timed[1].macs == executed_macs(layer, FORMS["gc"], 1, "factorized", (243, 147))
 
 
+@pytest.mark.parametrize("fastest", ["dense", "factorized", "irrep"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_is_set_to_the_fastest_execution_only_where_auto_gives_another(clock, form, fastest):
+    """The report says that it was timed on this machine, and what ``auto`` would be."""
+    clock[fastest] = 1.0
+    after, report = convert(network(full()), form, rank=1, input_shape=SIZE)
+    (row,) = report.layers
+    layer = after.get_submodule(row.name)
+    auto = SeparableGConv2d.like(layer, form, 1).resolved_execution
+    fastest = min(FORMS[form].executions, key=clock.__getitem__)
+    assert (row.execution, layer.resolved_execution) == (fastest, fastest)
+    said = f"; set to {fastest} as timed on this machine, where auto is {auto}"
+    if fastest == auto:
+        assert (layer.execution, row.forced) == ("auto", False)
+        assert "set to" not in row.why
+    else:
+        assert (layer.execution, row.forced) == (fastest, True)
+        assert row.why.endswith(said)
+
+
 @pytest.mark.parametrize("execution", ["dense", "factorized"])
 def test_the_time_before_is_that_of_the_layer_as_given(clock, execution):
     """Not that of the converted layer run dense, which is another one where the layer was separable before."""

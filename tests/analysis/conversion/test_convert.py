@@ -771,14 +771,15 @@ def test_no_layer_is_slower_than_its_dense_original(clock):
 
     def layer(module, size):
         dense = milliseconds(module.to_dense() if isinstance(module, SeparableGConv2d) else module, size)
-        factorized = getattr(module, "execution", "dense") == "factorized"
+        factorized = getattr(module, "resolved_execution", "dense") == "factorized"
         return dense * (shares[module.in_channels, module.out_channels] if factorized else 1)
 
     clock.layer = layer
     for form in ("auto", *FORMS):
         after, done = convert(tiny(), form, rank=1)
         assert [row.execution for row in done.layers] == ["dense", "factorized", "dense"]
-        assert [layer.execution for layer in group_layers(after).values()] == ["dense", "factorized", "dense"]
+        made = group_layers(after).values()
+        assert [layer.resolved_execution for layer in made] == ["dense", "factorized", "dense"]
         for row in done.layers:
             assert row.milliseconds[1] <= row.milliseconds[0]
             assert f"; {row.execution}: " in row.why
@@ -1127,7 +1128,7 @@ def test_what_is_no_table_of_measurements_is_refused(table):
 
 
 def test_an_execution_that_a_form_lacks_is_refused_before_anything_else():
-    words = r"form 'g' has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+    words = r"form 'g' has no execution 'irrep', which is for gc, gc_in; accepted: auto, dense, factorized"
     with pytest.raises(InputError, match=words):
         convert(create_model("p4cnn", width=2), rank=1, execution="irrep")
 

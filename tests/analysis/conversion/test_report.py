@@ -82,7 +82,7 @@ def test_rows_describe_the_layers():
         layer = after.get_submodule(row.name)
         assert (row.group, row.shape) == ("pmm", tuple(model.get_submodule(row.name).weight.shape))
         assert (row.form, row.rank, row.why.split(";")[0].split(",")[0]) == (layer.form.name, layer.rank, "as asked")
-        assert row.execution == layer.execution
+        assert (row.execution, row.forced) == (layer.resolved_execution, layer.execution != "auto")
         assert row.fit_error is None
         rows = {"g": 4, "gc": 12, "gc_in": 12, "g_turned": 4, "gc_turned": 12}
         assert {form: len(curve) for form, curve in row.explained_energy.items()} == {
@@ -279,7 +279,7 @@ def test_the_report_and_the_file_agree(tmp_path, train, test, form):
     assert report.memory[1] == forward_memory(file, torch.rand(1, *file.input_shape))
     for row in report.layers:
         layer, before = file.get_submodule(row.name), model.get_submodule(row.name)
-        assert (row.form, row.rank, row.execution) == (layer.form.name, layer.rank, layer.execution)
+        assert (row.form, row.rank, row.execution) == (layer.form.name, layer.rank, layer.resolved_execution)
         error = (layer.weight - before.weight).norm() / before.weight.norm()
         assert row.weight_error == pytest.approx(error.item(), rel=1e-5)
     assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in file.state_dict().items())

@@ -257,16 +257,17 @@ def test_forms_and_executions_are_found_by_name_or_refused_with_the_known_names(
     assert tuple(FORMS) == ("g", "gc", "gc_in", "g_turned", "gc_turned")
     for name, form in FORMS.items():
         assert form_named(name.upper()) is form_named(form) is form
-    assert tuple(map(check_execution, EXECUTIONS)) == ("dense", "factorized", "irrep")
+    assert tuple(map(check_execution, ("auto", *EXECUTIONS))) == ("auto", "dense", "factorized", "irrep")
     for wrong in ("cg", None):
         with pytest.raises(InputError, match=rf"^unknown form '{wrong}'; accepted: g, gc, gc_in, g_turned, gc_turned$"):
             form_named(wrong)
-        with pytest.raises(InputError, match=rf"^unknown execution '{wrong}'; accepted: dense, factorized, irrep$"):
+        with pytest.raises(InputError) as error:
             check_execution(wrong)
+        assert str(error.value) == f"unknown execution '{wrong}'; accepted: auto, dense, factorized, irrep"
     for name, form in FORMS.items():
-        assert all(check_execution(execution, form) == execution for execution in form.executions)
+        assert all(check_execution(execution, form) == execution for execution in ("auto", *form.executions))
         if name not in ("gc", "gc_in"):
-            words = f"form '{name}' has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+            words = f"form '{name}' has no execution 'irrep', which is for gc, gc_in; accepted: auto, dense, factorized"
             with pytest.raises(InputError) as error:
                 check_execution("irrep", form)
             assert str(error.value) == words

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from gconv import GROUPS, SeparableGConv2d, gconv2d, group
 from gconv.functional.expansion import from_group_major, is_strictly_channels_last
-from gconv.functional.mixing import DirectMixing, IrrepMixing, basis_of, regular
+from gconv.functional.mixing import basis_of, regular
 from gconv.kernels.dispatch import OVER_PIXELS, in_basis_pays, variants
-from gconv.nn.packed_weights import RunConfig
 
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
@@ -77,26 +76,6 @@ def test_in_the_kernel_it_pays_where_there_are_few(stride, p4, p4m):
     for on, least in (("p4", p4), ("p4m", p4m)):  # as README says
         assert [n for n in range(2, 100) if in_basis_pays(group(on), n, n, stride)] == [*range(least, 100)]
     assert not in_basis_pays(group("z2"), 10**6, 10**6, stride)
-
-
-@forms
-@pytest.mark.parametrize("compiled", [False, True])
-def test_layers_run_in_irreps_by_default_where_that_is_faster(monkeypatch, form, compiled):
-    """With the compiled kernel also small ones."""
-    monkeypatch.setattr("gconv.kernels.dispatch.variants", lambda: {1: 4} if compiled else {})
-    made = {n: SeparableGConv2d(n, n, 3, group="p4m", form=form) for n in (1, 8, 64)}
-    few = "irrep" if compiled else "factorized"
-    assert {n: layer.execution for n, layer in made.items()} == {1: "factorized", 8: few, 64: "irrep"}
-
-
-@forms
-@pytest.mark.parametrize(("channels", "mixing"), [(8, DirectMixing), (64, IrrepMixing)])
-def test_a_compiler_gets_irreps_only_of_many_channels(monkeypatch, form, channels, mixing):
-    layer = SeparableGConv2d(channels, channels, 3, group="p4m", form=form, execution="irrep")
-    how = RunConfig("irrep", channels_last=True)
-    assert isinstance(layer._new_filters(how)[0], IrrepMixing)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert isinstance(layer._new_filters(how)[0], mixing)
 
 
 @pytest.mark.parametrize("of", [basis_of, regular])

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from gconv import FORMS, GConv2d, SeparableGConv2d
+from gconv import FORMS, GROUPS, GConv2d, SeparableGConv2d, group
 from gconv.functional.expansion import channels_last, from_group_major
-from gconv.kernels.dispatch import OVER_PIXELS, variants
+from gconv.kernels.config import kernel_config
+from gconv.kernels.dispatch import KERNELS, OVER_PIXELS, in_basis_pays, variants, variants_with
+from gconv.kernels.library import INSTRUCTIONS, kernel_class, require_library
+from gconv.system.errors import InputError
 from tests.gconv.kernels.comparing import as_defined, built, kernel_of_pass
 
 
@@ -46,3 +49,27 @@ def test_large_full_layers_run_so_and_small_ones_do_not():
         assert not GConv2d(small, small, 3, group=on).runs_in_irreps
         assert GConv2d(large, large, 3, group=on).runs_in_irreps
     assert not GConv2d(100, 100, 3, group="z2").runs_in_irreps
+
+
+@built
+def test_a_class_of_machines_chooses_as_the_versions_that_it_has():
+    """So that costs can be told for other machines: the table of lanes is that of the compiled library."""
+    functions = require_library().functions
+    for name in require_library().processor:
+        at_most = INSTRUCTIONS.index(name)
+        having = {n: lanes for n, lanes in variants().items() if functions["version_instructions"](n) <= at_most}
+        for on in GROUPS:
+            for channels in range(1, 40):
+                for stride in (1, 2):
+                    expected = in_basis_pays(group(on), channels, channels, stride, name)
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr("gconv.kernels.dispatch.variants", lambda having=having: having)
+                        assert in_basis_pays(group(on), channels, channels, stride) == expected
+
+
+def test_the_classes_of_machines_are_the_names_of_the_variable():
+    assert ("none", *INSTRUCTIONS) == KERNELS
+    assert kernel_class() == (kernel_config()["instructions"] or "none")
+    assert variants_with("none") == {}
+    with pytest.raises(InputError, match=r"^unknown kernel 'sse'; accepted: none, any, avx2, avx512$"):
+        variants_with("sse")

@@ -196,7 +196,7 @@ def test_without_a_library_all_is_as_before(only, form):
     assert kernel_of_pass(layer, x) is None
     for now, before in zip([norm.train(mode)(layer(x)) for mode in (True, False)], with_it, strict=True):
         torch.testing.assert_close(now, before)
-    assert SeparableGConv2d(9, 9, 3, group="p4m", form=form).execution == "factorized"
+    assert SeparableGConv2d(9, 9, 3, group="p4m", form=form).resolved_execution == "factorized"
 
 
 @built

@@ -16,14 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gconv import FORMS, Sampling
+from gconv.functional.form_base import FilterShape
+from gconv.groups.point_groups import group
+from gconv.kernels.dispatch import KERNELS
 from gconv.models import checkpoint
 from gconv.models.checkpoint import layer_choices, load, read, save
 from gconv.models.networks import Model, ModelSpec
 from gconv.models.zoo import MODELS, build_model, create_model
+from gconv.nn.execution import auto_execution
 from gconv.nn.separable_conv import SeparableGConv2d
 from gconv.system.errors import InputError
 
 LEARNED = {"weight", "bias", "mix", "spatial", "running_mean", "running_var", "num_batches_tracked"}
+P4, SHAPE = group("p4"), FilterShape(10, 10, 4, 3)  # a size at which machines differ
 CENTRAL_ENTRY = b"PK\x01\x02"  # starts every entry of a zip archive's directory; its offsets 10 and 38 are used below
 
 
@@ -176,20 +182,52 @@ SHIPPED = sorted((Path(__file__).parents[3] / "checkpoints").rglob("*.pt"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_files_of_version_1_give_the_scores_of_their_weights(path):
-    """They are read here as version 1 was: every tensor is copied into a network in single precision."""
+    """They are read here as version 1 was: every tensor is copied into a network in single precision.
+
+    The execution in these files is what was the default when they were written, and is left to the machine now.
+    """
     content = torch.load(path, weights_only=True)
     assert content["version"] == 1
     model = build_model(ModelSpec.from_dict(content["model"])).eval()
-    for name, choice in content["layers"].items():
-        if choice["form"] is not None:
-            model.get_submodule(name).execution = choice["execution"]
+    as_written = {name: choice["execution"] for name, choice in content["layers"].items() if choice["form"]}
+    set_executions(model, as_written)
     assert layer_choices(model) == content["layers"]
     model.load_state_dict(content["state_dict"])
     back = load(path)
+    assert all(back.get_submodule(name).execution == "auto" for name in as_written)
     images = torch.rand(2, *model.input_shape)
     with torch.no_grad():
-        assert equal(back(images), model(images))
+        scores = model(images)
+        torch.testing.assert_close(back(images), scores, rtol=1e-5, atol=1e-5 * scores.abs().max().item())
+        set_executions(back, as_written)
+        assert equal(back(images), scores)
     assert all(parameter.requires_grad for parameter in back.parameters())
+
+
+def set_executions(model, executions):
+    for name, execution in executions.items():
+        model.get_submodule(name).execution = execution
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("asked", [None, "auto", "dense", "factorized", "irrep"])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_execution_in_a_file_before_version_3_stays_only_if_somebody_chose_it(tmp_path, form, asked, version):
+    """They have the one that a layer ran in. It was chosen if the user asked for it, or ``auto`` never gives it."""
+    for stored in FORMS[form].executions:
+        path = tmp_path / f"{stored}.pt"
+        request = {} if asked is None else {"conversion": {"request": {"execution": asked}}}
+        save(create_model("p4cnn", width=1, separable=form), path, record=request)
+        content = torch.load(path, weights_only=True)
+        assert all(choice["execution"] == "auto" for choice in content["layers"].values())
+        for choice in content["layers"].values():
+            choice["execution"] = stored
+        torch.save({**content, "version": version}, path)
+        by_auto = {auto_execution(FORMS[form], P4, SHAPE, 1, Sampling(), kernel) for kernel in KERNELS}
+        chosen = stored == asked or stored not in by_auto
+        expected = {stored} if chosen else {"auto"}
+        back = load(path)
+        assert {layer.execution for layer in back.modules() if isinstance(layer, SeparableGConv2d)} == expected
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -366,7 +404,7 @@ def _drop(*path: str) -> Callable[[dict[str, Any]], None]:
 NAN, INFINITE = torch.full((1,), float("nan")), torch.full((1,), float("inf"))
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other format": (_set("format", to="x"), "is not a gconv checkpoint"),
-    "newer version": (_set("version", to=3), "has checkpoint version 3; accepted: 1 to 2"),
+    "newer version": (_set("version", to=4), "has checkpoint version 4; accepted: 1 to 3"),
     "version zero": (_set("version", to=0), "has checkpoint version 0"),
     "no version": (_drop("version"), "has checkpoint version None"),
     "no model": (_drop("model"), "inconsistent"),

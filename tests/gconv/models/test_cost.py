@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gconv.functional.form_base import FilterShape
 from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import group
-from gconv.kernels.dispatch import variants
+from gconv.kernels.dispatch import KERNELS, variants
+from gconv.kernels.library import kernel_class
 from gconv.models.cost import LayerCost, cost
 from gconv.models.networks import Model
 from gconv.models.zoo import MODELS, create_model
@@ -112,16 +113,43 @@ def test_by_default_g_networks_run_dense():
     assert separable.macs_executed == whole.macs_executed == 11_673_760
 
 
+ON_MACHINES = {  # millions of MACs as executed; with AVX2, 10 channels would leave too much of the vectors empty
+    "gc-p4cnn": {"none": "16.51", "any": "8.18", "avx2": "8.18", "avx512": "8.18"},
+    "gc-p4cnn-small": {"none": "2.19", "any": "1.48", "avx2": "2.19", "avx512": "1.48"},
+    "g-p4cnn": dict.fromkeys(KERNELS, "33.45"),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ON_MACHINES)
+def test_macs_as_executed_name_the_class_of_machines_that_they_hold_for(name, kernel):
+    """The published ones and the parameters are the same on all."""
+    net = create_model(name)
+    counted, here = cost(net, (1, 28, 28), kernel=kernel), cost(net, (1, 28, 28))
+    assert (counted.kernel, f"{counted.macs_executed / 1e6:.2f}") == (kernel, ON_MACHINES[name][kernel])
+    assert (counted.parameters, counted.macs_published) == (here.parameters, here.macs_published)
+    assert here.kernel == kernel_class()
+    assert here == cost(net, (1, 28, 28), kernel=here.kernel)
+    exact = cost(net.double(), (1, 28, 28))  # the kernel is in single precision
+    assert (exact.kernel, f"{exact.macs_executed / 1e6:.2f}") == ("none", ON_MACHINES[name]["none"])
+    assert cost(net, (1, 28, 28), kernel=kernel).macs_executed == counted.macs_executed
+
+
+def test_an_unknown_class_of_machines_is_refused():
+    with pytest.raises(InputError, match=r"^unknown kernel 'gpu'; accepted: none, any, avx2, avx512$"):
+        cost(create_model("p4cnn", width=2), (1, 28, 28), kernel="gpu")
+
+
 # --- a formula for every layer
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on", ["p2", "p4", "p4m"])
-def test_each_layer_of_a_separable_cnn(monkeypatch, on, form, execution):
-    monkeypatch.setattr("gconv.kernels.dispatch.variants", lambda: {})  # or small layers would run in irreps
+def test_each_layer_of_a_separable_cnn(on, form, execution):
     w, s = 3, group(on).order
-    rows = cost(create_model("p4cnn", group=on, width=w, separable=form), (1, 28, 28), execution=execution).layers
+    net = create_model("p4cnn", group=on, width=w, separable=form)
+    rows = cost(net, (1, 28, 28), execution=execution, kernel="none").layers  # in kernels, irreps would be faster
     assert [row.name for row in rows] == [f"{kind}{i}" for i in range(1, 8) for kind in ("conv", "bn")] + ["fc"]
     lifting, *separable = rows[0:14:2]
     assert (lifting.kind, lifting.parameters) == ("LiftingConv2d", w * 9 + w)
@@ -172,7 +200,8 @@ def test_the_totals_are_sums_and_count_every_parameter():
 @pytest.mark.parametrize("name", MODELS)
 def test_executed_macs_are_what_pytorch_counts(name):
     model = create_model(name, width=4)
-    assert cost(model, model.input_shape).macs_executed == convolution_macs(model, *model.input_shape)
+    counted = cost(model, model.input_shape, kernel="none")
+    assert counted.macs_executed == convolution_macs(model, *model.input_shape)
 
 
 @pytest.mark.parametrize("execution", ["dense", "factorized"])
@@ -190,7 +219,7 @@ def test_executed_macs_of_either_execution_are_what_pytorch_counts(name, form, e
 
 def test_executed_macs_of_converted_layers_are_what_pytorch_counts():
     model = with_converted_layers()
-    assert cost(model, (1, 28, 28)).macs_executed == convolution_macs(model, 1, 28, 28)
+    assert cost(model, (1, 28, 28), kernel="none").macs_executed == convolution_macs(model, 1, 28, 28)
 
 
 @pytest.mark.skipif(not variants(), reason="there was no C compiler")
@@ -235,7 +264,7 @@ def test_a_wrong_input_shape_is_one_line(name, shape):
 
 
 def test_an_unknown_execution_is_refused():
-    with pytest.raises(InputError, match="unknown execution 'sparse'; accepted: dense, factorized"):
+    with pytest.raises(InputError, match="unknown execution 'sparse'; accepted: auto, dense, factorized, irrep"):
         cost(create_model("p4cnn", width=2), (1, 28, 28), execution="sparse")
 
 
@@ -406,7 +435,7 @@ def test_an_execution_that_a_form_does_not_have_is_named_and_not_the_shape(form:
     net = create_model("g-p4cnn", width=2, separable=form)
     with pytest.raises(InputError) as error:
         cost(net, net.input_shape, execution="irrep")
-    words = f"form {form!r} has no execution 'irrep', which is for gc, gc_in; accepted: dense, factorized"
+    words = f"form {form!r} has no execution 'irrep', which is for gc, gc_in; accepted: auto, dense, factorized"
     assert str(error.value) == words
     layers = [layer for layer in net.modules() if isinstance(layer, SeparableGConv2d)]
     assert len(layers) == 6
@@ -414,4 +443,4 @@ def test_an_execution_that_a_form_does_not_have_is_named_and_not_the_shape(form:
         with pytest.raises(InputError) as error:
             layer.execution = "irrep"
         assert str(error.value) == words
-        assert layer.execution == FORMS[form].default_execution
+        assert layer.execution == "auto"

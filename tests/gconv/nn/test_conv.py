@@ -294,7 +294,7 @@ def test_a_number_that_cannot_be_is_named_with_what_to_give(kind, keywords, acce
     [
         ({"group": "p6"}, "unknown group 'p6'; accepted: z2, p2, p4, pm, pmm, p4m"),
         ({"form": "cg"}, "unknown form 'cg'; accepted: g, gc, gc_in, g_turned, gc_turned"),
-        ({"execution": "fast"}, "unknown execution 'fast'; accepted: dense, factorized, irrep"),
+        ({"execution": "fast"}, "unknown execution 'fast'; accepted: auto, dense, factorized, irrep"),
         ({"rank": 0}, "rank 0 is out of range for form 'gc' of a [3, 2, 4, 3, 3] filter; accepted: 1 to 8"),
         ({"rank": 9}, "rank 9 is out of range for form 'gc' of a [3, 2, 4, 3, 3] filter; accepted: 1 to 8"),
         ({"rank": 1.5}, "rank 1.5 is out of range for form 'gc' of a [3, 2, 4, 3, 3] filter; accepted: 1 to 8"),
@@ -360,11 +360,6 @@ def test_repr_says_how_to_make_the_layer():
     )
 
 
-@every_form
-def test_the_default_execution_is_the_forms(form):
-    assert SeparableGConv2d(1, 2, 3, group="p4", form=form).execution == FORMS[form].default_execution
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_lifting_layer_cannot_be_separated(form: str) -> None:
     with pytest.raises(InputError, match=r"LiftingConv2d cannot be separated\. Give a GConv2d"):
@@ -379,10 +374,10 @@ def test_an_unknown_execution_is_refused_wherever_it_is_given() -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("execution", ["bogus", "Dense", "", None, 1, "irrep", "factorized", "dense"])
+@pytest.mark.parametrize("execution", ["bogus", "Dense", "", None, 1, "irrep", "factorized", "dense", "auto"])
 def test_a_layer_takes_an_execution_that_it_has_and_no_other(kind, execution):
     layer = make(kind, 2, 3, 3)
-    has = FORMS[kind].executions if kind in FORMS else ("dense",)
+    has = ("auto", *FORMS[kind].executions) if kind in FORMS else ("dense",)
     if execution in has:
         layer.execution = execution
         assert layer.execution == execution
