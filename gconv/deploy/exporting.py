@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import warnings
@@ -89,12 +90,13 @@ def _read_pt2(data: bytes) -> Callable[[Tensor], Tensor]:
 
 
 def _write_onnx(plain: nn.Module, images: Tensor) -> bytes:
-    # The exporter remarks on packages that are not needed here and on its own use of PyTorch.
+    # The exporter remarks on packages that are not needed here and on its own use of PyTorch. Before version 0.7,
+    # onnxscript prints what it did on stdout, which may be reserved for JSON.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             written = torch.onnx.export(
                 _program(plain, images),

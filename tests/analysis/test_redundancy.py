@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from analysis.measures.table import COLUMNS, NETWORK
 from analysis.redundancy import main
 from gconv import GConv2d, InputError, LiftingConv2d, create_model, load, save
 from gconv.functional.expansion import expand
+from tests.strict_python import STRICT_PYTHON
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 TRAINED = CHECKPOINTS / "p4cnn-rotmnist-regen.pt"
@@ -317,7 +317,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, capsys):
 
 
 def fresh(code):
-    return subprocess.run([sys.executable, "-W", "error", *code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*STRICT_PYTHON, *code], capture_output=True, text=True, timeout=120)
 
 
 def test_help_does_not_wait_for_pytorch():

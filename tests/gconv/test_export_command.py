@@ -89,6 +89,21 @@ def test_json_is_one_document_on_stdout(run, format):
     assert document == {"file": "sub/out", "format": format, "bytes": Path("sub/out").stat().st_size}
 
 
+def test_what_the_onnx_exporter_prints_is_not_on_stdout(run, monkeypatch):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    exporter = torch.onnx.export
+
+    def remarks(*arguments, **options):  # as onnxscript did before version 0.7
+        print("Applied 2 of general pattern rewrite rules.")
+        return exporter(*arguments, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", remarks)
+    code, out, err = run("net.pt", "--format", "onnx", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["format"] == "onnx"
+
+
 def test_what_is_there_is_replaced_only_with_force(run):
     Path("out.pt").write_text("mine")
     says(run("net.pt", "--out", "out.pt"), "out.pt exists", "--force")

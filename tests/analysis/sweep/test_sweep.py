@@ -46,6 +46,7 @@ from gconv import (
     evaluate,
     save,
 )
+from tests.strict_python import STRICT_PYTHON
 
 BUDGETS = [0.5, 0.05, 0.7]  # the second is out of reach
 
@@ -307,7 +308,7 @@ analysis.sweep(gconv.load("net.pt"), [0.4, 0.6], out="out")
 """
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
+        [*STRICT_PYTHON, "-c", script],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -645,7 +646,7 @@ def test_help_does_not_wait_for_pytorch():
     )
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+        [*STRICT_PYTHON, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True
     )
     assert done.stdout.startswith(b"usage: python -m analysis.sweep")
     assert done.stdout.endswith(b"--force\n|")

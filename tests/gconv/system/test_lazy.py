@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.strict_python import STRICT_PYTHON
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("gconv", "analysis")
 # Of a package whose function `count` is in a submodule of that name, and `total` in another one.
@@ -20,7 +22,7 @@ IMPORTS = ("import box.count", "from box import count", "from box.count import h
 def python(*arguments: str, folder: Path = ROOT, **environment: str) -> str:
     path = os.pathsep.join([str(folder), *sys.path])
     ran = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
+        [*STRICT_PYTHON, *arguments],
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
