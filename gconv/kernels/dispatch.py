@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from operator import mul
 from typing import NamedTuple
 
 from gconv.functional.form_base import FilterShape
-from gconv.functional.forms import FORMS
 from gconv.functional.mixing import Basis, basis_of, regular
 from gconv.groups.point_groups import Group
 from gconv.system.errors import one_of
@@ -142,16 +142,45 @@ def in_basis_pays(
 def mixes_pay(group: Group, shape: FilterShape) -> bool:
     """Whether the kernel is to run a full filter as one mix for each entry of the filter, a ``gc_in`` of rank ``k k``.
 
-    It does where the kernel is there, and these mixes have less than half the multiply-accumulates of the expanded
-    filter.
+    It does where the kernel is there, and this is clearly faster with its instruction set than the convolution with the
+    expanded filter.
     """
-    return bool(variants()) and _halves_macs(group, shape)
+    lanes = max(variants().values(), default=0)
+    return lanes in MIXES and mixes_over_expanded(group, shape, lanes) < CLEARLY
+
+
+MIXES = {16: (1.04, 4.2, 0.0), 8: (1.26, 5.41, 1.75)}
+"""The constants of :func:`mixes_over_expanded` for AVX-512 and AVX2, by the number of floats of a vector.
+
+They are what ``benchmarks/dispatch_fit.py`` finds in its record. With other vectors full layers are always expanded,
+because PyTorch may use better instructions than the kernel.
+"""
+
+CLEARLY = 0.75
+"""Full layers run as mixes where the estimate is below this. It may be too low by a sixth, and no layer is to become
+slower than expanded."""
 
 
 @cache
-def _halves_macs(group: Group, shape: FilterShape) -> bool:
+def mixes_over_expanded(group: Group, shape: FilterShape, lanes: int) -> float:
+    """The estimated time of a full layer as mixes in the kernel, over that of the convolution with the expanded filter.
+
+    Args:
+        group: the layer's group.
+        shape: ``(O, I, S, k)``.
+        lanes: the number of floats of a vector.
+    """
+    return sum(map(mul, MIXES[lanes], shares_of_mixes(group, shape)))
+
+
+def shares_of_mixes(group: Group, shape: FilterShape) -> tuple[float, float, float]:
+    """The multiply-accumulates of a full layer as mixes, over those of the expanded filter.
+
+    They are those of the mixes, of the spatial kernels, which pick one entry of the filter each, and of the changes of
+    basis.
+    """
     o, i, s, k = shape
-    return sum(FORMS["gc_in"].macs_by_map(shape, k * k, basis_of(group))) < o * i * s * s * k * k / 2
+    return basis_of(group).macs / s**2, k * k / (s * o), 1 / o + 1 / (i * k * k)
 
 
 def basis_for(group: Group, in_basis: bool) -> Basis:

@@ -43,11 +43,23 @@ def test_a_separable_layer_that_runs_dense_does_as_the_full_one(form):
     assert kernel_of_pass(small, map_for(small)) is None
 
 
-@built
-def test_large_full_layers_run_so_and_small_ones_do_not():
-    for on, small, large in (("p4", 26, 27), ("p4m", 7, 8)):
-        assert not GConv2d(small, small, 3, group=on).runs_in_irreps
-        assert GConv2d(large, large, 3, group=on).runs_in_irreps
+@pytest.mark.parametrize(
+    ("lanes", "smallest"),  # of each group and size of the kernel; None where no number of channels is large enough
+    [
+        (16, {("p4", 3): 27, ("p4", 5): 73, ("p4m", 3): 9, ("p4m", 5): 24, ("p4m", 7): 47}),
+        (8, {("p4", 3): 51, ("p4m", 3): 16, ("p4m", 5): 37}),
+        (4, {("p4", 3): None, ("p4m", 3): None}),
+        (None, {("p4", 3): None, ("p4m", 3): None}),
+    ],
+)
+def test_large_full_layers_of_small_kernels_run_so(monkeypatch, lanes, smallest):
+    monkeypatch.setattr("gconv.kernels.dispatch.variants", lambda: {} if lanes is None else {1: lanes})
+    for (on, k), channels in smallest.items():
+        if channels is None:
+            assert not GConv2d(128, 128, k, group=on).runs_in_irreps
+            continue
+        assert not GConv2d(channels - 1, channels - 1, k, group=on).runs_in_irreps
+        assert GConv2d(channels, channels, k, group=on).runs_in_irreps
     assert not GConv2d(100, 100, 3, group="z2").runs_in_irreps
 
 
