@@ -43,8 +43,10 @@ def constant_for_compilers(function: _Function) -> _Function:
     return function
 
 
-def settings_of(kernel: Kernel) -> Settings:
+def settings_of(kernel: Kernel | None) -> Settings | None:
     """What the operator takes beside the tensors, for the layers that a kernel is for."""
+    if kernel is None:
+        return None
     sizes = kernel.sizes
     return kernel.group.name, sizes.spatial_first, sizes.stride, sizes.padding, kernel.in_basis
 

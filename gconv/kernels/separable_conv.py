@@ -223,6 +223,25 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool | None, biased: bool) -
     return new_kernel(group, sizes, in_basis, biased, *version)
 
 
+def full_kernel(group: Group, shape: FilterShape, sampling: Sampling, biased: bool) -> Kernel | None:
+    """The kernel for full layers: a filter is of the form ``gc_in`` and rank ``k k``, with single pixels as kernels."""
+    o, i, s, k = shape
+    return kernel_of(group, Sizes(s, i, o, k * k, True, k, *sampling), True, biased)
+
+
+def full_parameters(weight: Tensor, pixels: Tensor, shape: FilterShape) -> tuple[Tensor, Tensor]:
+    """The mix and the spatial kernels that :func:`full_kernel` takes for a full filter.
+
+    Args:
+        weight: ``[O, I, S, k, k]``.
+        pixels: the table of the group (:class:`gconv.functional.expansion.Tables`).
+        shape: ``(O, I, S, k)``.
+    """
+    o, i, s, k = shape
+    mix = FORMS["gc_in"].fold(weight, pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
+    return mix, torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
+
+
 def new_kernel(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant: int, lanes: int) -> Kernel | None:
     """The kernel for layers of a size in a given version; None where its matrices are too large.
 

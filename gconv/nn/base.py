@@ -19,13 +19,12 @@ from gconv.functional.expansion import (
 )
 from gconv.functional.expansion import relu as relu_of
 from gconv.functional.form_base import Execution, ExecutionChoice, FilterShape
-from gconv.functional.forms import FORMS
 from gconv.groups.point_groups import Group
 from gconv.groups.point_groups import group as find_group
-from gconv.kernels.dispatch import Sizes, mixes_pay
+from gconv.kernels.dispatch import mixes_pay
 from gconv.kernels.library import is_supported
 from gconv.kernels.ops import Settings, constant_for_compilers, is_for_operator, separable_conv, settings_of
-from gconv.kernels.separable_conv import Kernel, kernel_of
+from gconv.kernels.separable_conv import Kernel, full_kernel, full_parameters
 from gconv.kernels.small_conv import convolve
 from gconv.system.errors import InputError
 
@@ -33,8 +32,6 @@ from .arguments import at_least, refuse_options, square
 from .index_tables import IndexedModule
 from .packed_weights import PackedCache, PackedWeights, RunConfig
 from .symbolic import is_traced_alone, node_of
-
-_PIXELS = FORMS["gc_in"]
 
 
 class GroupConvBase(IndexedModule, ABC):
@@ -231,22 +228,16 @@ class GroupConvBase(IndexedModule, ABC):
         """The compiled kernel for this layer; None if PyTorch's operations run it."""
         if not self.runs_in_irreps:
             return None
-        o, i, s, k = self.filter_shape
-        sizes = Sizes(s, i, o, k * k, _PIXELS.spatial_first, k, *self.sampling)
-        return kernel_of(self.group, sizes, True, self.bias is not None)
+        return full_kernel(self.group, self.filter_shape, self.sampling, self.bias is not None)
 
     @constant_for_compilers
     def _operator_settings(self) -> Settings | None:
         """How the operator that compilers know runs this layer; None where there is no compiled kernel for it."""
-        kernel = self._kernel()
-        return None if kernel is None else settings_of(kernel)
+        return settings_of(self._kernel())
 
     def _kernel_parameters(self) -> tuple[Tensor, Tensor]:
         """The factors that the compiled kernel reads: the group mixing and the spatial kernels."""
-        o, i, s, k = self.filter_shape
-        mix = _PIXELS.fold(self.weight, self.tables.pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
-        pixels = torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
-        return mix, pixels
+        return full_parameters(self.weight, self.tables.pixels, self.filter_shape)
 
     def _kernel_for(self, x: Tensor, parameters: list[Tensor]) -> Kernel | None:
         """The compiled kernel for this layer, if it supports the map and the parameters."""
