@@ -275,3 +275,15 @@ def test_without_a_private_name_of_torch_the_forward_pass_runs(monkeypatch, name
         monkeypatch.setattr(library, "is_supported", module.is_supported)
         for layer, given, y in zip(layers, maps, expected, strict=True):
             torch.testing.assert_close(layer(given), y)
+
+
+# --- compilers
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="there is no clang")
+def test_a_library_of_clang_fits_and_uses_the_threads_of_pytorch(tmp_path):
+    path = tmp_path / "_compiled.so"
+    digest = f'-DGCONV_SOURCES="{sources.digest()}"'
+    files = [str(file) for file in sources.sources() if file.suffix == ".c"]
+    subprocess.run(["clang", "-O0", "-shared", "-fPIC", digest, *files, "-lm", "-o", str(path)], check=True)
+    assert library.load(path).threaded == library.load(library.PATH).threaded
