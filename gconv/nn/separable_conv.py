@@ -92,7 +92,7 @@ class SeparableGConv2d(GroupConvBase):
         """How the layer runs on this machine: ``execution``, or what ``"auto"`` stands for here.
 
         It holds for the layer's dtype and device. A pass that the compiled kernel cannot run, for example under
-        autocast or ``torch.compile``, resolves ``"auto"`` as on a machine without the kernel.
+        autocast or for ``torch.export``, resolves ``"auto"`` as on a machine without the kernel.
         """
         execution = self._auto_execution() if self._execution == "auto" else self._execution
         return "factorized" if execution == "irrep" and on_tensor_cores(next(self.parameters())) else execution
