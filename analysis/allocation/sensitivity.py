@@ -44,9 +44,9 @@ SCORE_WORK = 10**13
 
 The limit is one of work and not of time, so that the same network gets the same errors on every machine.
 """
-_IMAGES = 1000  # images that the moments are taken from
+IMAGES = 1000  # images that the moments are taken from
 _PATCHES = 50_000
-_PROBES = 500  # images that are classified with every option
+PROBES = 500  # images that are classified with every option
 _STEPS = 12  # rounds of alternating least squares: enough to rank the options
 
 Options = dict[str, tuple[Option, ...]]
@@ -86,17 +86,17 @@ def measure_options(model: nn.Module, options: Options, data: Split, probes: Spl
         seed: of the choice of images and patches.
     """
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-    images = data.images[chosen[:_IMAGES]]
+    images = data.images[chosen[:IMAGES]]
     measured: Options = {}
     fits: dict[str, list[nn.Module]] = {}
     several = [name for name, own in options.items() if len(own) > 1]
-    weights = channel_weights(model, several, images[:_PROBES], seed=seed) if several else {}
+    weights = channel_weights(model, several, images[:PROBES], seed=seed) if several else {}
     for names in passes(model, several):
         moments = collect_moments(model, model, names, images, seed=seed, patches=_PATCHES)
         for name in tqdm(names, desc="fitting options", disable=None, leave=False, unit="layer"):
             measured[name], fits[name] = _fitted(_layer(model, name), options[name], moments[name], weights[name])
-    probe = Split(images[:_PROBES], data.labels[chosen[:_PROBES]]) if probes is None else probes
-    some = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(seed))[:_PROBES]
+    probe = Split(images[:PROBES], data.labels[chosen[:PROBES]]) if probes is None else probes
+    some = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(seed))[:PROBES]
     probe = Split(probe.images[some], probe.labels[some])
     runs = sum(map(len, fits.values())) * len(some)
     affordable = runs * cost(model, probe.images.shape[1:]).macs_published <= SCORE_WORK

@@ -28,12 +28,12 @@ from gconv.nn.separable_conv import SeparableGConv2d
 
 PATCHES = 200_000
 """Patches of one layer that are looked at; they are drawn at random if there are more."""
-_BATCH = 250
-_GRADIENT_BATCH = 64
-_BLOCK_BYTES = 2**26
-_MOMENT_BYTES = 2**30
-_KEPT_BYTES = 2**28  # of inputs and outputs at a time; large networks run on smaller batches
-_WORK = 6e10  # limit of patches times (entries of a patch)²; layers with large patches look at fewer
+BATCH = 250  # images in a forward pass
+GRADIENT_BATCH = 64  # images in a backward pass
+BLOCK_BYTES = 2**26  # of unfolded patches at a time
+MOMENT_BYTES = 2**30  # of the moments of several layers, taken in the same passes
+KEPT_BYTES = 2**28  # of inputs and outputs at a time; large networks run on smaller batches
+WORK = 6e10  # limit of patches times (entries of a patch)²; layers with large patches look at fewer
 _AT_LEAST = 3  # patches for each entry of a patch; the average over the orbit is worth that many for each element
 _ROUNDING = 1e-12  # relative to the power: a variance below this belongs to a constant
 
@@ -68,7 +68,7 @@ class Moments:
         )
 
 
-class _Sums:
+class MomentSums:
     """The sums over patches of one layer, before the average over the orbit."""
 
     def __init__(self, layer: GConv2d | SeparableGConv2d, device: torch.device) -> None:
@@ -83,13 +83,13 @@ class _Sums:
 
     def enough(self, patches: int) -> float:
         """How many of the patches to look at: fewer if they are large, but always enough for their second moment."""
-        return min(patches, max(_AT_LEAST * self.n, _WORK / self.n**2))
+        return min(patches, max(_AT_LEAST * self.n, WORK / self.n**2))
 
     def add(self, x: Tensor, y: Tensor, share: float, generator: torch.Generator) -> None:
         """Add this share of the patches of inputs ``[N, I, S, H, W]`` with outputs ``[N, O, S, H', W']``."""
         x, y = to_planar(x), to_planar(y).flatten(2)
         kernel, (stride, padding, dilation) = self.layer.kernel_size[0], self.layer.sampling
-        size = max(1, _BLOCK_BYTES // (8 * self.n * y.shape[2]))
+        size = max(1, BLOCK_BYTES // (8 * self.n * y.shape[2]))
         for some, out in zip(x.split(size), y.split(size), strict=True):
             patches = F.unfold(some, kernel, dilation, padding, stride).transpose(1, 2).flatten(0, 1)
             out = out.transpose(1, 2).flatten(0, 1)
@@ -154,9 +154,9 @@ def collect_moments(
         patches: about how many to look at; fewer if a patch has more than some 1,000 entries.
     """
     like = next(original.parameters())
-    sums = {name: _Sums(original.get_submodule(name), like.device) for name in names}  # type: ignore[arg-type]
+    sums = {name: MomentSums(original.get_submodule(name), like.device) for name in names}  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
-    size, calls = _batch_size(original, names, images, _BATCH)
+    size, calls = _batch_size(original, names, images, BATCH)
     with evaluating(original), evaluating(converted), torch.no_grad():
         for batch in images.split(size):
             batch = batch.to(like)
@@ -193,7 +193,7 @@ def _maps(
 def _batch_size(model: nn.Module, names: Sequence[str], images: Tensor, most: int) -> tuple[int, int]:
     """How many images to run at a time, and how often all these layers together are called in a pass.
 
-    The size is such that what the layers read and give stays within ``_KEPT_BYTES``. For that one image runs through
+    The size is such that what the layers read and give stays within ``KEPT_BYTES``. For that one image runs through
     the whole network.
     """
     sizes: list[int] = []
@@ -205,7 +205,7 @@ def _batch_size(model: nn.Module, names: Sequence[str], images: Tensor, most: in
     layers = [model.get_submodule(name) for name in names]
     with watch_calls(layers, after=measure), evaluating(model), torch.no_grad():
         model(images[:1].to(next(model.parameters())))
-    return min(most, max(1, _KEPT_BYTES // max(1, sum(sizes)))), len(sizes)
+    return min(most, max(1, KEPT_BYTES // max(1, sum(sizes)))), len(sizes)
 
 
 def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def channel_weights(model: nn.Module, names: Sequence[str], images: Tensor, *, s
         seed: of the directions.
     """
     like = next(model.parameters())
-    size, _ = _batch_size(model, names, images, _GRADIENT_BATCH)
+    size, _ = _batch_size(model, names, images, GRADIENT_BATCH)
     generator = torch.Generator().manual_seed(seed)
     name_of = {model.get_submodule(name): name for name in names}
     outputs: list[tuple[str, Tensor]] = []
@@ -254,7 +254,7 @@ def passes(model: nn.Module, names: Sequence[str], longest: int | None = None) -
         layer = model.get_submodule(name)
         assert isinstance(layer, (GConv2d, SeparableGConv2d))
         own = 2 * 8 * layer.fan_in**2  # the sums, and their average when the layer is finished
-        if not groups or size + own > _MOMENT_BYTES or len(groups[-1]) == longest:
+        if not groups or size + own > MOMENT_BYTES or len(groups[-1]) == longest:
             groups.append([])
             size = 0
         groups[-1].append(name)

@@ -25,11 +25,11 @@ from gconv.nn.modes import evaluating
 # Chosen on the validation part of rotmnist-regen, with one network (P4CNN, gc_in at rank 1).
 PASSES = 1
 """Passes over the training images, for each layer."""
-_BATCH = 64
-_LEARNING_RATE = 1e-2
+BATCH = 64  # images in a step
+LEARNING_RATE = 1e-2  # of the first step; it falls to zero
 _PROBE = 256
-_LEAST_STEPS = 10  # fewer steps are not worth it
-_WORK = 2 * 10**13
+LEAST_STEPS = 10  # fewer steps are not worth it
+WORK = 2 * 10**13
 """Limit of the multiply-accumulates of all forward passes together; larger networks see fewer images."""
 
 
@@ -41,9 +41,9 @@ def refinement_steps(layers: int, macs: float, images: int) -> int:
         macs: multiply-accumulates of an image, of both networks together.
         images: how many images there are to learn from.
     """
-    seen = min(PASSES * images, _WORK / max(1, layers * macs))
-    steps = int(seen) // _BATCH
-    return steps if steps >= _LEAST_STEPS else 0
+    seen = min(PASSES * images, WORK / max(1, layers * macs))
+    steps = int(seen) // BATCH
+    return steps if steps >= LEAST_STEPS else 0
 
 
 def refine(
@@ -99,12 +99,12 @@ def _descend(
     probe = draw(_PROBE)
     with torch.no_grad():
         start = error(probe)
-    optimizer = torch.optim.Adam(parts.requires_grad_(True).parameters(), lr=_LEARNING_RATE)
+    optimizer = torch.optim.Adam(parts.requires_grad_(True).parameters(), lr=LEARNING_RATE)
     norm.train()  # its statistics follow the layer
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         with torch.enable_grad():
-            gradients = torch.autograd.grad(error(draw(_BATCH)), parameters)
+            gradients = torch.autograd.grad(error(draw(BATCH)), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()

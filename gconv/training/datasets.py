@@ -189,7 +189,7 @@ def _rotdigits(progress: bool) -> Arrays:
     weights = np.maximum(0, 10 - np.abs(4 * np.arange(28)[:, None] - 19 - 10 * np.arange(8)))
     canvas = weights @ digits.reshape(-1, 8, 8).astype(np.int64) @ weights.T
     images = np.rint(canvas * 255 / 1600).astype(np.uint8)  # of 16 grey levels times 10 x 10
-    chosen, angles = _draw(0, len(labels), len(labels))
+    chosen, angles = draw_images(0, len(labels), len(labels))
     return rotate(images[chosen], angles), labels[chosen].astype(np.int64)
 
 
@@ -211,9 +211,9 @@ def _rotmnist_regen(progress: bool) -> Arrays:
             images, labels = stored["images"], stored["labels"]
         if _digest(images, labels) == REGEN_SHA256:
             return images, labels
-    pool = [_read_idx(_fetch("rotmnist-regen", MNIST_URL + name, md5, progress)) for name, md5 in MNIST_MD5.items()]
+    pool = [read_idx(_fetch("rotmnist-regen", MNIST_URL + name, md5, progress)) for name, md5 in MNIST_MD5.items()]
     images, labels = np.concatenate(pool[::2]), np.concatenate(pool[1::2]).astype(np.int64)
-    chosen, angles = _draw(2007, len(labels), sum(DATASETS["rotmnist-regen"].sizes))
+    chosen, angles = draw_images(2007, len(labels), sum(DATASETS["rotmnist-regen"].sizes))
     images, labels = rotate(images[chosen], angles), labels[chosen]
     with contextlib.suppress(InputError), atomic_path(kept) as path:  # cannot be written: made anew next time
         np.savez_compressed(path, images=images, labels=labels)
@@ -296,14 +296,14 @@ def _cache() -> Path:
     return Path(os.environ.get("GCONV_CACHE") or pooch.os_cache("gconv"))
 
 
-def _read_idx(path: Path) -> NDArray[np.uint8]:
+def read_idx(path: Path) -> NDArray[np.uint8]:
     """Read a gzipped IDX file of bytes: two zeros, the type 8, the number of axes, their lengths, the values."""
     content = gzip.decompress(path.read_bytes())
     shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
-def _draw(seed: int, pool: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def draw_images(seed: int, pool: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """``count`` random indices below ``pool``, none twice, and a random angle in [0, 2 pi) for each."""
     rng = np.random.default_rng(seed)
     return rng.permutation(pool)[:count], rng.uniform(0, 2 * np.pi, size=count)

@@ -233,8 +233,8 @@ def test_only_so_many_images_are_looked_at(monkeypatch):
     seen = []
     model = network()
     model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    monkeypatch.setattr(sensitivity, "_IMAGES", 11)
-    monkeypatch.setattr(sensitivity, "_PROBES", 7)
+    monkeypatch.setattr(sensitivity, "IMAGES", 11)
+    monkeypatch.setattr(sensitivity, "PROBES", 7)
     measure_options(model, options_of(model), split(40), split(30), 0)
     # Gradients of the probes, moments of the images (of both networks), classes of the probes; and a single image, by
     # which the size of the maps is found.

@@ -275,8 +275,8 @@ def test_batches_and_blocks_change_nothing(case, batch, block):
     x = torch.cat([x, 2 * x, x.flip(0) + 1])
     whole = collected(layer, x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BATCH", batch)
-        patch.setattr(module, "_BLOCK_BYTES", block)
+        patch.setattr(module, "BATCH", batch)
+        patch.setattr(module, "BLOCK_BYTES", block)
         close_moments(collected(layer, x), whole)
 
 
@@ -287,11 +287,11 @@ def test_maps_that_are_kept_are_bounded(monkeypatch):
     seen = []
     layer.register_forward_hook(lambda module, given, output: seen.append(len(output)))
     whole = collected(layer, x)
-    monkeypatch.setattr(module, "_KEPT_BYTES", 8 * each)
+    monkeypatch.setattr(module, "KEPT_BYTES", 8 * each)
     seen.clear()
     close_moments(collected(layer, x), whole)
     assert seen == [1] + [8] * (len(seen) - 1)
-    monkeypatch.setattr(module, "_KEPT_BYTES", 1)  # one image is the least
+    monkeypatch.setattr(module, "KEPT_BYTES", 1)  # one image is the least
     close_moments(collected(layer, x), whole)
 
 
@@ -306,12 +306,12 @@ def test_blocks_of_patches_are_bounded(monkeypatch):
         sizes.append(unfold(*given).nbytes)
         return unfold(*given)
 
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 5 * one + 1)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 5 * one + 1)
     monkeypatch.setattr(F, "unfold", watched)
     collected(layer, x)
     assert sizes == [5 * one] * 8
     sizes.clear()
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 1)  # one image is the least
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)  # one image is the least
     collected(layer, x)
     assert sizes == [one] * 40
 
@@ -320,12 +320,12 @@ def watch_counts(monkeypatch):
     """How many patches each layer has looked at."""
     counts = []
 
-    class Watched(module._Sums):
+    class Watched(module.MomentSums):
         def averaged(self):
             counts.append(self.count)
             return super().averaged()
 
-    monkeypatch.setattr(module, "_Sums", Watched)
+    monkeypatch.setattr(module, "MomentSums", Watched)
     return counts
 
 
@@ -333,7 +333,7 @@ def test_about_as_many_patches_are_looked_at_as_asked_for(monkeypatch):
     counts = watch_counts(monkeypatch)
     layer = GConv2d(1, 1, 3, group="p4", dtype=torch.float64)
     x = torch.randn(100, 1, 4, 12, 12, dtype=torch.float64)  # 10,000 patches
-    monkeypatch.setattr(module, "_BATCH", 30)
+    monkeypatch.setattr(module, "BATCH", 30)
     whole = collected(layer, x)
     some = collected(layer, x, patches=2000)
     collected(layer, x, patches=10_000)
@@ -534,7 +534,7 @@ def test_weights_are_the_squared_gradients_of_the_scores(monkeypatch):
     got = channel_weights(model, ["layer"], images)["layer"]
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, expected_weights(model), rtol=0.1, atol=0)
-    monkeypatch.setattr(module, "_GRADIENT_BATCH", 4000)
+    monkeypatch.setattr(module, "GRADIENT_BATCH", 4000)
     torch.testing.assert_close(channel_weights(model, ["layer"], images)["layer"], got, rtol=0.1, atol=0)
 
 
@@ -608,7 +608,7 @@ def test_groups_of_layers_fit_into_memory(sizes, room, longest):
     names = [str(n) for n in range(len(sizes))]
     bytes_of = {name: 16 * (2 * size) ** 2 for name, size in zip(names, sizes, strict=True)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MOMENT_BYTES", 64 * room)
+        patch.setattr(module, "MOMENT_BYTES", 64 * room)
         groups = passes(model, names, longest)
     assert [name for some in groups for name in some] == names
     for some, following in zip(groups, [*groups[1:], None], strict=True):

@@ -84,7 +84,7 @@ def test_a_layer_that_would_become_worse_stays(monkeypatch):
     model = network()
     other = converted(model, NAMES)
     before = state(other)
-    monkeypatch.setattr(refinement, "_LEARNING_RATE", 1e3)
+    monkeypatch.setattr(refinement, "LEARNING_RATE", 1e3)
     refine(model, other, NAMES, images(), 2)
     assert not changed(before, state(other))
 
@@ -187,8 +187,8 @@ def test_the_same_seed_gives_the_same_bits():
 
 def test_steps_are_passes_over_the_images_as_far_as_the_work_allows(monkeypatch):
     monkeypatch.setattr(refinement, "PASSES", 3)
-    monkeypatch.setattr(refinement, "_WORK", 64 * 100)
-    monkeypatch.setattr(refinement, "_LEAST_STEPS", 20)
+    monkeypatch.setattr(refinement, "WORK", 64 * 100)
+    monkeypatch.setattr(refinement, "LEAST_STEPS", 20)
     assert refinement_steps(1, 1, 640) == 30
     assert refinement_steps(1, 1, 64_000) == 100
     assert refinement_steps(2, 2, 64_000) == 25

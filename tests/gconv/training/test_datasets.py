@@ -250,7 +250,7 @@ def server(monkeypatch, mnist):
 
 def test_the_recipe_draws_what_was_published_of_it():
     """The first sources and angles of each split, as rotmnist-regen has them."""
-    chosen, angles = data._draw(2007, 70_000, 62_000)
+    chosen, angles = data.draw_images(2007, 70_000, 62_000)
     assert chosen[[0, 1, 2, 12_000]].tolist() == [69784, 67962, 33351, 6128]
     np.testing.assert_allclose(angles[[0, 1, 2, 12_000]], [0.04918569, 1.42195708, 2.00468158, 0.32112303], atol=1e-8)
     assert len(set(chosen.tolist())) == 62_000
@@ -264,7 +264,7 @@ def test_regen_pools_train_and_test_and_turns_each_picture_by_its_angle(monkeypa
     assert [len(s.labels) for s in (regen.train, regen.validation, regen.test)] == list(SIZES)
     images = torch.cat([regen.train_and_validation.images, regen.test.images])
     labels = torch.cat([regen.train_and_validation.labels, regen.test.labels])
-    chosen, angles = data._draw(2007, 70, 60)
+    chosen, angles = data.draw_images(2007, 70, 60)
     assert labels.tolist() == chosen.tolist()  # in the miniature, a picture's label is its number
     expected = rotate(pictures(70)[chosen], angles)
     np.testing.assert_array_equal((images * 255).round().numpy()[:, 0], expected)
@@ -275,7 +275,7 @@ def test_regen_pools_train_and_test_and_turns_each_picture_by_its_angle(monkeypa
 def test_an_idx_file_is_read_with_its_shape(tmp_path):
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     (tmp_path / "x.gz").write_bytes(gz_idx(values))
-    np.testing.assert_array_equal(data._read_idx(tmp_path / "x.gz"), values)
+    np.testing.assert_array_equal(data.read_idx(tmp_path / "x.gz"), values)
 
 
 def test_files_in_the_mnist_folder_of_gconv_data_are_found_first(monkeypatch, mnist, closed_port):
@@ -403,7 +403,7 @@ def test_regen_equals_the_reference_of_it(monkeypatch, tmp_path):
     assert regen.sha256 == data.REGEN_SHA256
     assert (tmp_path / "cache" / "rotmnist-regen.npz").is_file()
     with np.load(Path(GIVEN, "rotmnist-regen.npz")) as reference:
-        chosen, angles = data._draw(2007, 70_000, 62_000)
+        chosen, angles = data.draw_images(2007, 70_000, 62_000)
         for part, split, rows in (("train", regen.train_and_validation, 12_000), ("test", regen.test, 50_000)):
             at = slice(0, rows) if part == "train" else slice(12_000, None)
             np.testing.assert_array_equal(reference[f"src_{part}"], chosen[at])
