@@ -689,7 +689,7 @@ def test_no_checkpoint_at_all():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
-    message = "no GPU is available to PyTorch here; accepted: --device cpu or auto"
+    message = "no GPU is available to PyTorch here; give --device cpu or auto"
     assert refused(small(), "--device", "cuda") == message
 
 
