@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -269,23 +270,24 @@ def _products(
     """The matrix products of a mix, and how many values their packed matrices and the transposed ones have."""
     s, i, o, rank, spatial_first, *_ = sizes
     products = []
-    packed = packed_back = matrices = 0
+    packed = packed_back = 0
     reads = [term * s * i if spatial_first else 0 for term in range(rank)]
     writes = [0 if spatial_first else term * s * o for term in range(rank)]
-    # Several terms may be added to the same values. The first of them must then come first, because it overwrites.
-    for number, kind in zip(copies, kinds, strict=True):
-        d = kind.shape[1]
-        depth, columns = d * i, d * o
-        for term in range(rank):
+    begins = np.cumsum([0, *(kind.numel() for kind in kinds)])
+    # Values are written in ascending order, which the kernel relies on. Where several terms are added to the same
+    # values, the first term overwrites.
+    for term in range(rank):
+        for number, kind, begin in zip(copies, kinds, begins, strict=False):
+            d = kind.shape[1]
+            depth, columns = d * i, d * o
             for copy in range(number):
                 added = (term > 0, False) if spatial_first else (False, term > 0)
                 where = reads[term], depth, writes[term], columns, *added, packed, packed_back
-                products.append(_Product(*where, term, d, matrices, copy == 0))
+                products.append(_Product(*where, term, d, int(begin), copy == 0))
                 reads[term] += depth
                 writes[term] += columns
             packed += rounded(columns, lanes) * depth
             packed_back += rounded(depth, lanes) * columns
-        matrices += kind.numel()
     return products, packed, packed_back
 
 

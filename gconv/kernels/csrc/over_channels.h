@@ -1,33 +1,51 @@
 /* The kernels of separable_conv.c row by row, with vectors of neighbouring channels, for layers of any size. Between the
  * mix and the spatial kernels only a few rows are kept. */
 
+/* The blocks of a position are written in ascending order, so the last vector of a block, which may be partly empty, can
+ * be written as a whole: what it overwrites is written later, or is the room behind a row (`padded`). Only the output
+ * has no such room. */
 #include "vectors.h"
 
-/* y[p][s][:c] = sum over t of change[s][t] x[p][t][:c] */
-INLINE TARGET void NAME(change_of)(const float *change, const int s, const float *x, int ldx, float *y, int ldy, int c,
-                                   int positions)
+/* y[p][s][:c] = sum over t of change[s][t] x[t][p][:c], where the positions of x[t] lie step[t] values apart. With `tight`
+ * there is no room behind the last value of the last x[t], and the others lie before it. */
+INLINE TARGET void NAME(change_of)(const float *change, const int s, const float *const *x, const size_t *step,
+                                   const int tight, float *y, int ldy, int c, int positions)
 {
     for (int p = 0; p < positions; p++)
-        for (int j = 0; j < c; j += V) {
-            const float *from = x + floats(p, ldx) + j;
-            float *to = y + floats(p, ldy) + j;
+        for (int j = (c - 1) / V * V; j >= 0; j -= V) {
             vec in[MOST_ORDER];
-            for (int t = 0; t < s; t++) in[t] = NAME(load_part)(from + t * c, c - j);
-            for (int r = 0; r < s; r++) {
+            UNROLLED for (int t = 0; t < s; t++) {
+                const float *from = x[t] + p * step[t] + j;
+                in[t] = tight ? NAME(load_part)(from, (s - t) * c - j) : NAME(load)(from);
+            }
+            UNROLLED for (int r = 0; r < s; r++) {
                 vec sum = change[r * s] * in[0];
-                for (int t = 1; t < s; t++) sum += change[r * s + t] * in[t];
-                NAME(store_part)(to + r * c, sum, c - j);
+                UNROLLED for (int t = 1; t < s; t++) sum += change[r * s + t] * in[t];
+                NAME(store)(y + floats(p, ldy) + r * c + j, sum);
             }
         }
 }
 
-TARGET static void NAME(change)(const float *change, int s, const float *x, int ldx, float *y, int ldy, int c, int rank,
-                                int positions)
+TARGET static void NAME(change_any)(const float *change, int s, const float *const *x, const size_t *step, int tight,
+                                    float *y, int ldy, int c, int positions)
 {
-    for (int r = 0; r < rank; r++, x += s * c, y += s * c)
-        if (s == 8) NAME(change_of)(change, 8, x, ldx, y, ldy, c, positions);
-        else if (s == 4) NAME(change_of)(change, 4, x, ldx, y, ldy, c, positions);
-        else NAME(change_of)(change, s, x, ldx, y, ldy, c, positions);
+    if (s == 8 && tight) NAME(change_of)(change, 8, x, step, 1, y, ldy, c, positions);
+    else if (s == 8) NAME(change_of)(change, 8, x, step, 0, y, ldy, c, positions);
+    else if (s == 4 && tight) NAME(change_of)(change, 4, x, step, 1, y, ldy, c, positions);
+    else if (s == 4) NAME(change_of)(change, 4, x, step, 0, y, ldy, c, positions);
+    else NAME(change_of)(change, s, x, step, tight, y, ldy, c, positions);
+}
+
+/* The same for `rank` times the S blocks of a map, whose positions lie ldx values apart. */
+TARGET static void NAME(change)(const float *change, int s, const float *x, int ldx, int tight, float *y, int ldy, int c,
+                                int rank, int positions)
+{
+    for (int r = 0; r < rank; r++, x += s * c, y += s * c) {
+        const float *from[MOST_ORDER];
+        size_t step[MOST_ORDER];
+        for (int t = 0; t < s; t++) from[t] = x + t * c, step[t] = ldx;
+        NAME(change_any)(change, s, from, step, tight, y, ldy, c, positions);
+    }
 }
 
 /* The rows of a map that a kernel meets, without those beyond the map, and for each its row of the kernel. */
@@ -171,7 +189,7 @@ TARGET static const float *NAME(enter)(const struct layer *l, const struct parts
 {
     if (!l->in_basis) return x;
     int ldr = padded(rank * l->order * channels);
-    NAME(change)(p->basis_back, l->order, x, *ld, room, ldr, channels, rank, positions);
+    NAME(change)(p->basis_back, l->order, x, *ld, 1, room, ldr, channels, rank, positions);
     *ld = ldr;
     return room;
 }
@@ -188,10 +206,10 @@ TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int b
         int depth = back ? t[COLUMNS] : t[DEPTH], columns = back ? t[DEPTH] : t[COLUMNS];
         const float *w = back ? p->weights_back + t[PACKED_BACK] : p->weights + t[PACKED];
         NAME(product)(x + t[back ? WRITTEN : READ], ld, 1, w, V, (size_t)depth * V, depth,
-                      mixed + t[back ? READ : WRITTEN], ldr, columns, t[back ? ADDED_BACK : ADDED],
+                      mixed + t[back ? READ : WRITTEN], ldr, columns, t[back ? ADDED_BACK : ADDED], end != NULL,
                       i == l->products - 1 ? end : NULL, positions);
     }
-    if (l->in_basis) NAME(change)(p->basis, l->order, mixed, ldr, y, ldy, channels, rank, positions);
+    if (l->in_basis) NAME(change)(p->basis, l->order, mixed, ldr, 0, y, ldy, channels, rank, positions);
 }
 
 /* The gradient of the mix: for each product gw[read][written] += sum over positions of x[read] g[written]. */
@@ -201,7 +219,7 @@ TARGET static void NAME(mix_gradient)(const struct layer *l, const float *x, int
     for (int i = 0; i < l->products; i++) {
         const int *t = l->table + ENTRIES * i;
         NAME(product)(x + t[READ], 1, ldx, g + t[WRITTEN], ldg, V, positions, gw + t[PACKED], ROUNDED(t[COLUMNS]),
-                      t[COLUMNS], 1, NULL, t[DEPTH]);
+                      t[COLUMNS], 1, 0, NULL, t[DEPTH]);
     }
 }
 

@@ -128,7 +128,7 @@ TARGET static void NAME(mix)(const struct layer *l, const struct parts *p, int b
         int depth = back ? t[COLUMNS] : t[DEPTH], columns = back ? t[DEPTH] : t[COLUMNS];
         NAME(product)(back ? p->weights_back + t[PACKED_BACK] : p->weights + t[PACKED], depth, 1,
                       x + floats(t[back ? WRITTEN : READ], plane), plane, V, depth,
-                      y + floats(t[back ? READ : WRITTEN], plane), plane, values, t[back ? ADDED_BACK : ADDED], NULL,
+                      y + floats(t[back ? READ : WRITTEN], plane), plane, values, t[back ? ADDED_BACK : ADDED], 1, NULL,
                       columns);
     }
 }

@@ -49,10 +49,11 @@ INLINE TARGET void NAME(finished)(float *to, vec value, int column, int n, const
 
 /* c[i][:n] = or += sum over t < depth of a[i across + t along] b[t][:n], for i < rows and n up to cols vectors.
  * A vector of b is `next` values from the one before, a row `below` values from the one above. If `end` is given, c is
- * the output from its column `column` on. */
+ * the output from its column `column` on. Unless `tight`, the last vector of a row is written as a whole, over up to
+ * V - 1 values behind c[i][n - 1]. */
 INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                              int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
-                              const int rows, const int cols)
+                              int depth, float *c, int ldc, int n, int add, int tight, int column,
+                              const struct ending *end, const int rows, const int cols)
 {
     vec sums[8][WIDE];
     UNROLLED for (int i = 0; i < rows; i++)
@@ -65,9 +66,12 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
             UNROLLED for (int j = 0; j < cols; j++) sums[i][j] += value * w[j];
         }
     }
-    if (!add && !end && n >= cols * V) {
+    if (!end && (!tight || n >= cols * V)) {
         UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int j = 0; j < cols; j++) NAME(store)(c + (size_t)i * ldc + j * V, sums[i][j]);
+            UNROLLED for (int j = 0; j < cols; j++) {
+                float *to = c + (size_t)i * ldc + j * V;
+                NAME(store)(to, add ? sums[i][j] + NAME(load)(to) : sums[i][j]);
+            }
         return;
     }
     vec kept[8][WIDE]; /* a copy in memory, so that the sums themselves can stay in registers */
@@ -84,14 +88,15 @@ INLINE TARGET void NAME(tile)(const float *a, int across, int along, const float
 
 /* The same for any number of rows: tiles as tall as the registers allow, and one for the rows that are left. */
 INLINE TARGET void NAME(strip)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                               int depth, float *c, int ldc, int n, int add, int column, const struct ending *end,
-                               int rows, const int cols)
+                               int depth, float *c, int ldc, int n, int add, int tight, int column,
+                               const struct ending *end, int rows, const int cols)
 {
     const int most = (REGISTERS - 1 - cols) / cols, tall = most < 8 ? most : 8;
     while (rows) {
 #define TILE(R)                                                                                                        \
     case R:                                                                                                            \
-        if (R <= tall) NAME(tile)(a, across, along, b, below, next, depth, c, ldc, n, add, column, end, R, cols);      \
+        if (R <= tall)                                                                                                 \
+            NAME(tile)(a, across, along, b, below, next, depth, c, ldc, n, add, tight, column, end, R, cols);          \
         break
         int some = rows < tall ? rows : tall;
         switch (some) {
@@ -111,14 +116,16 @@ INLINE TARGET void NAME(strip)(const float *a, int across, int along, const floa
 
 /* The same for any number of rows and any n. */
 TARGET static void NAME(product)(const float *a, int across, int along, const float *b, size_t below, size_t next,
-                                 int depth, float *c, int ldc, int n, int add, const struct ending *end, int rows)
+                                 int depth, float *c, int ldc, int n, int add, int tight, const struct ending *end,
+                                 int rows)
 {
     int column = 0;
     while (n > 0) {
         int left = (n + V - 1) / V, cols = left <= WIDE ? left : left < 2 * WIDE ? (left + 1) / 2 : WIDE;
 #define STRIP(C)                                                                                                       \
     case C:                                                                                                            \
-        if (C <= WIDE) NAME(strip)(a, across, along, b, below, next, depth, c, ldc, n, add, column, end, rows, C);     \
+        if (C <= WIDE)                                                                                                 \
+            NAME(strip)(a, across, along, b, below, next, depth, c, ldc, n, add, tight, column, end, rows, C);         \
         break
         switch (cols) {
             STRIP(1);
