@@ -58,16 +58,14 @@ def _ways(group: str, channels: int, k: int, size: int) -> tuple[Callable[[], ob
 
     from gconv import GConv2d
     from gconv.functional.expansion import channels_last, expand, from_group_major, to_group_major
-    from gconv.kernels.dispatch import Sizes
-    from gconv.kernels.separable_conv import kernel_of
+    from gconv.kernels.separable_conv import full_kernel, full_parameters
 
     layer = GConv2d(channels, channels, k, padding=k // 2, group=group).eval().requires_grad_(False)
     order = layer.group.order
     x = from_group_major(channels_last(torch.randn(1, channels * order, size, size)), order)
-    kernel = kernel_of(layer.group, Sizes(order, channels, channels, k * k, True, k, 1, k // 2, 1), True, False)
+    kernel = full_kernel(layer.group, layer.filter_shape, layer.sampling, False)
     assert kernel is not None
-    pixels = torch.eye(k * k).view(1, k * k, k, k).expand(channels, -1, -1, -1)
-    packed = kernel.pack(torch.randn(kernel.shapes[0]), pixels, None)
+    packed = kernel.pack(*full_parameters(layer.weight, layer.tables.pixels, layer.filter_shape), None)
     dense = expand(layer.weight, layer.tables.expansion, group_major=True, channels_last=True)
     planar = to_group_major(x)
     return lambda: kernel.forward(x, packed), lambda: torch.nn.functional.conv2d(planar, dense, padding=k // 2)
@@ -99,7 +97,7 @@ def fitted(record: dict[str, Any]) -> dict[str, list[float]]:
 
     from gconv.functional.form_base import FilterShape
     from gconv.groups.point_groups import group
-    from gconv.kernels.dispatch import shares_of_mixes
+    from gconv.kernels.dispatch import OVER_PIXELS, shares_of_mixes, variants_with
 
     found = {}
     for instructions, rows in record["rows"].items():
@@ -107,7 +105,8 @@ def fitted(record: dict[str, Any]) -> dict[str, list[float]]:
         for row in rows:
             layer = row["group"], row["channels"], row["k"]
             worst[layer] = max(worst.get(layer, 0), row["time"])
-        shares = [shares_of_mixes(group(g), FilterShape(c, c, group(g).order, k)) for g, c, k in worst]
+        lanes = variants_with(instructions)[OVER_PIXELS + 1]
+        shares = [shares_of_mixes(group(g), FilterShape(c, c, group(g).order, k), lanes) for g, c, k in worst]
         times = np.array(list(worst.values()))
         constants, _ = nnls(np.array(shares) / times[:, None], np.ones(len(times)))
         found[instructions] = [round(float(constant), 2) for constant in constants]

@@ -85,6 +85,8 @@ class Sizes(NamedTuple):
         stride: as of ``nn.Conv2d``, the same along both axes.
         padding: likewise.
         dilation: likewise.
+        whole: whether this is a full filter. It runs as one of the form ``gc_in`` of rank ``k k`` whose spatial kernels
+            have one pixel each, in the order of the pixels.
     """
 
     order: int
@@ -96,6 +98,7 @@ class Sizes(NamedTuple):
     stride: int
     padding: int
     dilation: int
+    whole: bool = False
 
     def output(self, height: int, width: int) -> tuple[int, int]:
         """The height and the width of the output for a map of this height and width."""
@@ -105,7 +108,7 @@ class Sizes(NamedTuple):
 
 def is_supported_size(sizes: Sizes) -> bool:
     """Whether the kernel, where there is one, can run layers of this size."""
-    s, _, _, _, _, k, _, padding, dilation = sizes
+    s, _, _, _, _, k, _, padding, dilation, _ = sizes
     return dilation == 1 and k <= MAX_K and padding < k and s <= MAX_ORDER
 
 
@@ -149,7 +152,7 @@ def mixes_pay(group: Group, shape: FilterShape) -> bool:
     return lanes in MIXES and mixes_over_expanded(group, shape, lanes) < CLEARLY
 
 
-MIXES = {16: (1.04, 4.2, 0.0), 8: (1.26, 5.41, 1.75)}
+MIXES = {16: (1.04, 4.2), 8: (1.26, 5.41)}
 """The constants of :func:`mixes_over_expanded` for AVX-512 and AVX2, by the number of floats of a vector.
 
 They are what ``benchmarks/dispatch_fit.py`` finds in its record. With other vectors full layers are always expanded,
@@ -170,17 +173,20 @@ def mixes_over_expanded(group: Group, shape: FilterShape, lanes: int) -> float:
         shape: ``(O, I, S, k)``.
         lanes: the number of floats of a vector.
     """
-    return sum(map(mul, MIXES[lanes], shares_of_mixes(group, shape)))
+    return sum(map(mul, MIXES[lanes], shares_of_mixes(group, shape, lanes)))
 
 
-def shares_of_mixes(group: Group, shape: FilterShape) -> tuple[float, float, float]:
-    """The multiply-accumulates of a full layer as mixes, over those of the expanded filter.
+def shares_of_mixes(group: Group, shape: FilterShape, lanes: int) -> tuple[float, float]:
+    """The multiply-accumulates of the mixes of a full layer, and those of the changes of basis.
 
-    They are those of the mixes, of the spatial kernels, which pick one entry of the filter each, and of the changes of
-    basis.
+    Both are given over those of the expanded filter, with the products that vectors compute in vain where they are
+    partly empty.
     """
     o, i, s, k = shape
-    return basis_of(group).macs / s**2, k * k / (s * o), 1 / o + 1 / (i * k * k)
+    basis = basis_of(group)
+    sizes = ((n, matrices.shape[1]) for n, matrices in zip(basis.copies, basis.matrices, strict=True))
+    mixes = sum(n * d * rounded(d * o, lanes) for n, d in sizes)
+    return mixes / (s * s * o), rounded(i, lanes) / (i * o) + rounded(o, lanes) / (o * i * k * k)
 
 
 def basis_for(group: Group, in_basis: bool) -> Basis:
@@ -210,7 +216,7 @@ def _estimated_costs(group: Group, sizes: Sizes, in_basis: bool, candidates: dic
             costs[variant] = mix + (s + _BASIS_OVER_CHANNELS) * values
             break
         planes = s * (i + o + 2 * rank * (i if spatial_first else o))
-        if stride == 1 and planes <= MAX_PLANES:
+        if stride == 1 and planes <= MAX_PLANES and not sizes.whole:
             costs[variant] = _MIX_OVER_PIXELS * mix + (s + _BASIS_OVER_PIXELS) * values + _TRANSPOSE * s * (i + o)
     return costs
 

@@ -40,7 +40,7 @@ except ImportError:  # private to PyTorch: without them no layer runs in the ker
 PATH = Path(__file__).with_name("_compiled.so")
 """The library, which ``setup.py`` builds."""
 
-INTERFACE = 3
+INTERFACE = 4
 """The same number as in ``csrc/layer.h``: it changes with the arguments of any function and with the structures."""
 
 INSTRUCTIONS = ("any", "avx2", "avx512")
@@ -64,7 +64,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int) for name in ("order", "in_channels", "out_channels", "rank", "spatial_first")),
-        *((name, c_int) for name in ("k", "stride", "padding", "height", "width", "out_height", "out_width")),
+        *((name, c_int) for name in ("k", "stride", "padding", "whole", "height", "width", "out_height", "out_width")),
         *((name, c_int) for name in ("products", "in_basis", "biased", "weights", "weights_back")),
         *((name, c_void_p) for name in ("table", "matrices", "basis", "pixels")),
     )

@@ -70,7 +70,7 @@ def sizes_of(
     """The sizes of a layer, from the shapes of its map and its parameters."""
     first, rank, second, order = mix
     i, o = (first, second) if spatial_first else (second, first)
-    return Sizes(order, i, o, rank, spatial_first, spatial[-1], stride, padding, 1)
+    return Sizes(order, i, o, rank, spatial_first, spatial[-1], stride, padding, 1, whole=spatial[0] == 0)
 
 
 def _as_group_major(x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def separable_conv(
     Args:
         x: ``[N, I, S, H, W]``.
         mix: ``[O, R, I, S]``, of ``gc_in`` ``[I, R, O, S]``.
-        spatial: ``[O, R, k, k]``, of ``gc_in`` ``[I, R, k, k]``.
+        spatial: ``[O, R, k, k]``, of ``gc_in`` ``[I, R, k, k]``, of a full filter ``[0, k k, k, k]``.
         bias: ``[O]``, or None.
         group: the name of the group.
         spatial_first: whether the spatial kernels run before the mix.

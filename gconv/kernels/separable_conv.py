@@ -63,7 +63,8 @@ class Kernel:
     """The compiled kernel for layers of one size, whatever their parameters; obtained from :func:`kernel_of`.
 
     The parameters are ``mix`` and ``spatial``, in the shapes of the forms ``gc`` and ``gc_in``, and a bias ``[O]`` or
-    None. Maps are ``[N, C, S, H, W]``, in the layout that :func:`gconv.functional.expansion.is_group_major` tests.
+    None. For a full filter ``spatial`` is without values, ``[0, k k, k, k]``. Maps are ``[N, C, S, H, W]``, in the
+    layout that :func:`gconv.functional.expansion.is_group_major` tests.
 
     Attributes:
         group: the layer's group.
@@ -98,6 +99,7 @@ class Kernel:
         """The shapes of mix, spatial and bias."""
         s, i, o, rank, spatial_first, k, *_ = self.sizes
         mix, spatial = FORMS["gc_in" if spatial_first else "gc"].factor_shapes(FilterShape(o, i, s, k), rank)
+        spatial = (0, *spatial[1:]) if self.sizes.whole else spatial
         return mix, spatial, (o,) if self.biased else None
 
     @property
@@ -105,7 +107,7 @@ class Kernel:
         """The number of values of the packed spatial kernels."""
         sizes = self.sizes
         channels = sizes.order * (sizes.in_channels if sizes.spatial_first else sizes.out_channels)
-        return sizes.rank * sizes.k**2 * rounded(channels, self.lanes)
+        return 0 if sizes.whole else sizes.rank * sizes.k**2 * rounded(channels, self.lanes)
 
     @property
     def biases(self) -> int:
@@ -192,10 +194,12 @@ def reference(
         in_basis: as of :func:`kernel_of`.
         x: ``[N, I, S, H, W]``.
         mix: with the shape that the form gives it.
-        spatial: likewise.
+        spatial: likewise; for a full filter without values, ``[0, k k, k, k]``.
         bias: ``[O]``, or None.
     """
-    s, i, o, rank, spatial_first, k, *sampling = sizes
+    s, i, o, rank, spatial_first, k, *sampling, whole = sizes
+    if whole:
+        spatial = torch.eye(rank, dtype=x.dtype, device=x.device).view(1, rank, k, k).expand(i, -1, -1, -1)
     form = FORMS["gc_in" if spatial_first else "gc"]
     basis = basis_like(group, x) if in_basis else None
     filters = form.filters(mix, spatial, Tables.build(group, k, device=x.device), basis)
@@ -227,7 +231,7 @@ def kernel_of(group: Group, sizes: Sizes, in_basis: bool | None, biased: bool) -
 def full_kernel(group: Group, shape: FilterShape, sampling: Sampling, biased: bool) -> Kernel | None:
     """The kernel for full layers: a filter is of the form ``gc_in`` and rank ``k k``, with single pixels as kernels."""
     o, i, s, k = shape
-    return kernel_of(group, Sizes(s, i, o, k * k, True, k, *sampling), True, biased)
+    return kernel_of(group, Sizes(s, i, o, k * k, True, k, *sampling, whole=True), True, biased)
 
 
 def full_parameters(weight: Tensor, pixels: Tensor, shape: FilterShape) -> tuple[Tensor, Tensor]:
@@ -240,7 +244,7 @@ def full_parameters(weight: Tensor, pixels: Tensor, shape: FilterShape) -> tuple
     """
     o, i, s, k = shape
     mix = FORMS["gc_in"].fold(weight, pixels).view(i, o, s, k * k).permute(0, 3, 1, 2)
-    return mix, torch.eye(k * k, dtype=mix.dtype).view(1, k * k, k, k).expand(i, -1, -1, -1)
+    return mix, mix.new_empty(0, k * k, k, k)
 
 
 def new_kernel(group: Group, sizes: Sizes, in_basis: bool, biased: bool, variant: int, lanes: int) -> Kernel | None:
@@ -302,7 +306,7 @@ def layer_on(kernel: Kernel, height: int, width: int) -> Layer | None:
         return None
     counts = len(kernel.table), kernel.in_basis, kernel.biased, kernel.weights, kernel.weights_back
     tensors = kernel.table, kernel.matrices, kernel.basis, kernel.pixels
-    return Layer(*sizes[:-1], height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
+    return Layer(*sizes[:-2], sizes.whole, height, width, *output, *counts, *(tensor.data_ptr() for tensor in tensors))
 
 
 class _Differentiable(torch.autograd.Function):

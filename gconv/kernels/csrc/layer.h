@@ -7,7 +7,7 @@
 
 /* The number of the interface: it changes with the arguments of any exported function, with struct layer and with the
  * table of products. gconv/kernels/library.py has the same number. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 4 };
 
 /* The mix is a sum of matrix products. A row of `table` describes one of them by these entries: */
 enum {
@@ -28,7 +28,9 @@ enum {
 
 struct layer {
     int order, in_channels, out_channels, rank, spatial_first;
-    int k, stride, padding, height, width, out_height, out_width;
+    int k, stride, padding;
+    int whole; /* whether this is a full filter: it has k k terms, each with a spatial kernel of one pixel, term r pixel r */
+    int height, width, out_height, out_width;
     int products, in_basis, biased;
     int weights, weights_back; /* how many floats the packed matrices have */
     const int *table;
@@ -70,10 +72,10 @@ static inline int spatial_channels(const struct layer *l)
     return l->order * (l->spatial_first ? l->in_channels : l->out_channels);
 }
 
-/* How many floats the packed spatial kernels have. */
+/* How many floats the packed spatial kernels have. A full filter has none. */
 static inline size_t spatial_floats(const struct layer *l, int lanes)
 {
-    return (size_t)l->rank * l->k * l->k * rounded(spatial_channels(l), lanes);
+    return l->whole ? 0 : (size_t)l->rank * l->k * l->k * rounded(spatial_channels(l), lanes);
 }
 
 /* For over_pixels.h: how many values a row of a plane has; the values before its first row, among them the zeros above the

@@ -13,7 +13,7 @@ INLINE TARGET void NAME(change_of)(const float *change, const int s, const float
 {
     for (int p = 0; p < positions; p++)
         for (int j = (c - 1) / V * V; j >= 0; j -= V) {
-            vec in[MOST_ORDER];
+            vec in[MOST_ORDER] = {{0}};
             UNROLLED for (int t = 0; t < s; t++) {
                 const float *from = x[t] + p * step[t] + j;
                 in[t] = tight ? NAME(load_part)(from, (s - t) * c - j) : NAME(load)(from);
@@ -45,6 +45,58 @@ TARGET static void NAME(change)(const float *change, int s, const float *x, int 
         size_t step[MOST_ORDER];
         for (int t = 0; t < s; t++) from[t] = x + t * c, step[t] = ldx;
         NAME(change_any)(change, s, from, step, tight, y, ldy, c, positions);
+    }
+}
+
+/* Where a full filter reads the map of element t for term r, when it stands at output x = 0: `rows` are those of the map
+ * that it meets, NULL beyond its ends, with positions `ld` apart. */
+struct NAME(reader) { int place[MOST_ORDER][MOST_K * MOST_K]; };
+
+INLINE void NAME(prepare)(const struct layer *l, struct NAME(reader) *reader)
+{
+    int kk = l->k * l->k;
+    for (int t = 0; t < l->order; t++)
+        for (int y = 0; y < kk; y++) reader->place[t][l->pixels[t * kk + y]] = y;
+}
+
+/* The values that a full filter reads for one row of outputs, in the basis: y[p][r][s][:c] */
+TARGET static void NAME(enter_pixels)(const struct layer *l, const float *change, const struct NAME(reader) *reader,
+                                      const float *const *rows, int ld, const float *zeros, float *y, int ldy)
+{
+    int s = l->order, c = l->in_channels;
+    for (int r = 0; r < l->rank; r++) {
+        const float *from[MOST_ORDER];
+        size_t step[MOST_ORDER];
+        for (int t = 0; t < s; t++) {
+            int at = reader->place[t][r];
+            const float *row = rows[at / l->k];
+            from[t] = row ? row + floats(at % l->k, ld) + t * c : zeros;
+            step[t] = row ? (size_t)l->stride * ld : 0;
+        }
+        NAME(change_any)(change, s, from, step, 0, y + r * s * c, ldy, c, l->out_width);
+    }
+}
+
+/* The adjoint: one row of the gradient of the map, each value the sum of those of the gradients that it met. `rows` are
+ * those of the gradients [r][s][c], with zeros between them for strides. */
+TARGET static void NAME(leave_pixels)(const struct layer *l, const struct NAME(reader) *reader, const float *const *rows,
+                                      int ld, const struct ending *end)
+{
+    int s = l->order, c = l->in_channels, kk = l->k * l->k;
+    for (int t = 0; t < s; t++) {
+        const float *from[MOST_K * MOST_K];
+        int some = 0;
+        for (int r = 0; r < kk; r++) {
+            int at = kk - 1 - reader->place[t][r];
+            const float *row = rows[at / l->k];
+            if (row) from[some++] = row + floats(at % l->k, ld) + (r * s + t) * c;
+        }
+        for (int p = 0; p < l->width; p++)
+            for (int j = 0; j < c; j += V) {
+                vec sum = {0};
+                for (int i = 0; i < some; i++) sum += NAME(load)(from[i] + floats(p, ld) + j);
+                NAME(finished)(end->y + floats(p, s * c) + t * c + j, sum, t * c + j, c - j, end);
+            }
     }
 }
 
@@ -245,6 +297,9 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
     int c = l->spatial_first ? ci : co, kept = l->spatial_first ? ci : co * l->rank, ld = padded(kept);
     int ldf = padded(l->spatial_first ? ci * l->rank : co), positions = wide > l->out_width ? wide : l->out_width;
     float *ring = take_zeros(&scratch, floats(k * wide, ld)); /* its borders stay zero */
+    const float *zeros = take_zeros(&scratch, padded(l->in_channels));
+    struct NAME(reader) reader;
+    if (l->whole) NAME(prepare)(l, &reader);
     float *filtered = take(&scratch, floats(positions, ldf));
     float *in = take(&scratch, floats(positions, padded(ci * l->rank)));
     float *room = take(&scratch, floats(positions, padded(co * l->rank)));
@@ -271,7 +326,8 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
         }
         size_t at = floats(o * l->out_width, co);
         struct ending end = {p->bias, residual ? residual + at : NULL, relu, y + at};
-        for (int r = 0; r < l->rank; r++) {
+        if (l->whole) NAME(enter_pixels)(l, p->basis_back, &reader, rows, ld, zeros, in, ldf);
+        for (int r = 0; r < l->rank && !l->whole; r++) {
             const float *d = p->spatial + (size_t)r * k * k * ROUNDED(c);
             for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && !l->spatial_first ? rows[dy] + r * co : rows[dy];
             float *to = l->spatial_first ? filtered + r * ci : filtered;
@@ -280,7 +336,8 @@ TARGET static void NAME(forward)(const struct layer *l, const struct parts *p, c
         }
         if (l->spatial_first) {
             int ldi = ldf;
-            const float *entered = NAME(enter)(l, p, filtered, &ldi, l->rank, l->in_channels, in, l->out_width);
+            const float *entered = in;
+            if (!l->whole) entered = NAME(enter)(l, p, filtered, &ldi, l->rank, l->in_channels, in, l->out_width);
             if (l->in_basis) {
                 NAME(mix)(l, p, 0, entered, ldi, 1, l->out_channels, room, mixed, padded(co), l->out_width, NULL);
                 NAME(finish)(mixed, padded(co), co, l->out_width, &end);
@@ -305,6 +362,9 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
     int done = own_rows(l, first), end_row = own_rows(l, last);
     /* Both are zeros at first: what lies around and between the values stays zero. */
     float *ring = take_zeros(&scratch, floats(k * wide, ld));
+    const float *zeros = take_zeros(&scratch, padded(l->in_channels));
+    struct NAME(reader) reader;
+    if (l->whole) NAME(prepare)(l, &reader);
     float *image = l->spatial_first ? take_zeros(&scratch, floats(l->height * around, padded(ci))) : NULL;
     int batch = batch_of(l), most = positions * batch, longer = ldi > ldo ? ldi : ldo;
     float *ins = take(&scratch, floats(most, ldi)), *outs = take(&scratch, floats(most, ldo));
@@ -348,14 +408,16 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
             NAME(mix)(l, p, 1, entered, lde, rank, l->in_channels, room, back, ldi, l->out_width, NULL);
             NAME(spread)(back, ldi, to, (size_t)stride * ld, kept, l->out_width);
             if (!own) continue;
-            for (int r = 0; r < rank; r++) {
+            if (l->whole) NAME(enter_pixels)(l, p->basis_back, &reader, above, padded(ci), zeros, in, ldi);
+            for (int r = 0; r < rank && !l->whole; r++) {
                 NAME(depthwise)(above, padded(ci), stride, p->spatial + r * planes, k, ci, made + r * ci, ldi,
                              l->out_width, 0, NULL);
                 if (gd)
                     NAME(depthwise_gradient)(above, padded(ci), stride, back + r * ci, ldi, k, ci, gd + r * planes,
                                           l->out_width);
             }
-            const float *filtered = NAME(enter)(l, p, made, &ldf, rank, l->in_channels, in, l->out_width);
+            const float *filtered = in;
+            if (!l->whole) filtered = NAME(enter)(l, p, made, &ldf, rank, l->in_channels, in, l->out_width);
             if (slot == (batch - 1) * l->out_width || o == end_row - 1)
                 NAME(mix_gradient)(l, filtered - floats(slot, ldf), ldf, outs, ldo, gw, slot + l->out_width);
         }
@@ -363,7 +425,8 @@ TARGET static void NAME(backward)(const struct layer *l, const struct parts *p, 
         float *in = ins + floats(slot, ldi), *out = outs + floats(slot, ldo), *made = mades;
         float *back = backs + (l->spatial_first ? 0 : floats(slot, ldo));
         struct ending end = {.y = gx + floats(i * l->width, ci)};
-        for (int r = 0; r < rank; r++) {
+        if (l->whole) NAME(leave_pixels)(l, &reader, rows, ld, &end);
+        for (int r = 0; r < rank && !l->whole; r++) {
             for (int dy = 0; dy < k; dy++) shifted[dy] = rows[dy] && l->spatial_first ? rows[dy] + r * ci : rows[dy];
             float *to = l->spatial_first ? back : back + r * co;
             NAME(depthwise)(shifted, ld, 1, p->spatial_back + r * planes, k, c, to, l->spatial_first ? ldi : ldo, l->width,

@@ -135,7 +135,7 @@ int unpack_mix(const struct layer *l, int lanes, int threads, const float *sums,
 }
 
 /* The parameters in the layout that the kernels read: mix as above, spatial [C][R][k k] with C the channels of the
- * spatial kernels, and bias [O]. Returns 0, or 1 if there is no memory. */
+ * spatial kernels (not read for a full filter), and bias [O]. Returns 0, or 1 if there is no memory. */
 EXPORT int gconv_pack(int version, const struct layer *l, int threads, const float *mix, const float *spatial,
                       const float *bias, float *packed)
 {
@@ -145,7 +145,7 @@ EXPORT int gconv_pack(int version, const struct layer *l, int threads, const flo
     float *flipped = kernels + spatial_floats(l, lanes), *biases = flipped + spatial_floats(l, lanes);
     struct terms t = {.l = l, .lanes = lanes, .mix = mix, .weights = packed, .weights_back = weights_back};
     if (run_terms(&t, threads)) return 1;
-    for (int r = 0; r < l->rank; r++)
+    for (int r = 0; r < l->rank && !l->whole; r++)
         for (int y = 0; y < kk; y++) {
             float *to = kernels + (size_t)(r * kk + y) * row;
             float *back = flipped + (size_t)(r * kk + kk - 1 - y) * row;

@@ -100,7 +100,8 @@ static struct scratch scratch_for(const struct layer *l, int rows, int backward)
     int around = l->width + 2 * l->padding, ring = l->k * (backward ? l->width + l->k - 1 : around);
     int channels = spatial_channels(l), kept = l->spatial_first == backward ? channels * l->rank : channels;
     size_t copy = backward && l->spatial_first ? floats(l->height * around, padded(channels)) : 0;
-    return new_scratch(sizeof(float) * most * wide * row, sizeof(float) * (floats(ring, padded(kept)) + copy));
+    size_t zeros = floats(ring, padded(kept)) + copy + padded(l->in_channels);
+    return new_scratch(sizeof(float) * (most * wide * row + padded(l->in_channels)), sizeof(float) * zeros);
 }
 
 /* Multiply-accumulates of a forward pass for one image. */
@@ -111,7 +112,7 @@ static double macs_of(const struct layer *l)
         const int *t = l->table + ENTRIES * i;
         mix += (double)t[DEPTH] * t[COLUMNS];
     }
-    double filters = (double)l->rank * l->k * l->k * spatial_channels(l);
+    double filters = l->whole ? 0 : (double)l->rank * l->k * l->k * spatial_channels(l);
     return mix * (l->spatial_first ? outputs : inputs) + filters * outputs;
 }
 

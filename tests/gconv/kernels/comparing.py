@@ -11,12 +11,13 @@ import torch
 
 from gconv import gconv2d
 from gconv.functional.expansion import is_strictly_channels_last, to_group_major
-from gconv.kernels.dispatch import variants
+from gconv.kernels.dispatch import OVER_PIXELS, variants
 from gconv.kernels.library import GRAIN, library, openmp_functions, require_library
 from gconv.kernels.separable_conv import Kernel
 
 built = pytest.mark.skipif(library() is None, reason="there is no compiled library")
 versions = pytest.mark.parametrize("version", variants() or [0])
+over_channels = pytest.mark.parametrize("version", [v for v in variants() if v != OVER_PIXELS] or [1])
 forms = pytest.mark.parametrize("form", ["gc", "gc_in"])
 
 

@@ -103,7 +103,8 @@ static void run_layer(int version, const struct layer *l, int n, int threads, in
     for (int i = 0; i < 5; i++) found[i] = output(counts[i]);
     int failed = gconv_pack(version, l, threads, mix, spatial, bias, packed);
     failed |= gconv_forward(version, l, n, threads, packed, x, residual, relu, found[0]);
-    failed |= gconv_backward(version, l, n, threads, packed, x, gy, found[1], found[2], found[3], bias ? found[4] : NULL);
+    failed |= gconv_backward(version, l, n, threads, packed, x, gy, found[1], found[2], counts[3] ? found[3] : NULL,
+                             bias ? found[4] : NULL);
     if (failed) wrong++;
     const char *names[] = {"y", "gradient of x", "gradient of mix", "gradient of spatial", "gradient of bias"};
     for (int i = 0; i < 5; i++)
@@ -119,13 +120,13 @@ static void separable_conv(void)
     int lanes = numbers[0], n = numbers[1], threads = numbers[2], relu = numbers[3], with_residual = numbers[4];
     int matrices = numbers[5];
     struct layer l;
-    int *fields = values(17);
-    memcpy(&l, fields, sizeof(int) * 17);
+    int *fields = values(18);
+    memcpy(&l, fields, sizeof(int) * 18);
     int s = l.order, kk = l.k * l.k;
     size_t pairs = (size_t)l.rank * l.in_channels * l.out_channels * s;
     size_t in = (size_t)n * l.height * l.width * s * l.in_channels;
     size_t out = (size_t)n * l.out_height * l.out_width * s * l.out_channels;
-    size_t kernels = (size_t)l.rank * kk * (spatial_channels(&l) / s), biases = l.biased ? l.out_channels : 0;
+    size_t kernels = l.whole ? 0 : (size_t)l.rank * kk * (spatial_channels(&l) / s), biases = l.biased ? l.out_channels : 0;
     void *table = values(l.products * ENTRIES), *parts = values(matrices), *basis = values(s * s), *pixels = values(s * kk);
     l.table = table, l.matrices = parts, l.basis = basis, l.pixels = pixels;
     float *mix = values(pairs), *spatial = values(kernels), *bias = values(biases), *x = values(in);

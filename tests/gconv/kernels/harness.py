@@ -51,6 +51,7 @@ def write_layer(file: BinaryIO, draw: random.Random) -> None:
     name, form = draw.choice(GROUPS), draw.choice(("gc", "gc_in"))
     order, k, lanes = group(name).order, draw.randint(1, 5), draw.choice(LANES)
     o, i = draw.randint(1, 20), draw.randint(2, 20)
+    whole = form == "gc_in" and lanes > 1 and o * order >= k * k and draw.random() < 0.4
     layer = SeparableGConv2d(
         i,
         o,
@@ -60,23 +61,27 @@ def write_layer(file: BinaryIO, draw: random.Random) -> None:
         bias=draw.random() < 0.7,
         group=name,
         form=form,
-        rank=draw.randint(1, min(3, (i if form == "gc" else o) * order, k * k)),
+        rank=k * k if whole else draw.randint(1, min(3, (i if form == "gc" else o) * order, k * k)),
     ).double()
-    sizes = Sizes(order, i, o, layer.rank, layer.form.spatial_first, k, *layer.sampling)
-    kernel = new_kernel(layer.group, sizes, draw.random() < 0.5, layer.bias is not None, 0, lanes)
+    sizes = Sizes(order, i, o, layer.rank, layer.form.spatial_first, k, *layer.sampling, whole)
+    kernel = new_kernel(layer.group, sizes, whole or draw.random() < 0.5, layer.bias is not None, 0, lanes)
     x = torch.randn(draw.randint(1, 4), i, order, draw.randint(k, 24), draw.randint(k, 40), dtype=torch.float64)
     x = x.float().double().requires_grad_()
     for parameter in layer.parameters():
         parameter.data = parameter.data.float().double()
+    if whole:
+        layer.spatial.data = torch.eye(k * k).double().view(1, k * k, k, k).repeat(i, 1, 1, 1)
     y = gconv2d(x, layer.weight, layer.bias, layer.group, layer.sampling)
     gy, residual = torch.randn_like(y).float().double(), torch.randn_like(y).float().double()
-    gradients = torch.autograd.grad(y, [x, layer.mix, layer.spatial, *([] if layer.bias is None else [layer.bias])], gy)
+    wanted = [x, layer.mix, *([] if whole else [layer.spatial]), *([] if layer.bias is None else [layer.bias])]
+    gradients = torch.autograd.grad(y, wanted, gy)
     relu, added = draw.random() < 0.5, draw.random() < 0.5
     expected = y + residual if added else y
     shared = layer_on(kernel, *x.shape[3:])
     put(file, 0, lanes, len(x), draw.randint(1, 7), relu, added, kernel.matrices.numel())
-    put(file, *(getattr(shared, field) for field, kind in shared._fields_[:17]))
-    put(file, kernel.table, kernel.matrices, kernel.basis, kernel.pixels, layer.mix, layer.spatial, layer.bias)
+    put(file, *(getattr(shared, field) for field, kind in shared._fields_[:18]))
+    put(file, kernel.table, kernel.matrices, kernel.basis, kernel.pixels, layer.mix)
+    put(file, None if whole else layer.spatial, layer.bias)
     put(file, positions(x), positions(residual) if added else None, positions(gy))
     put(file, positions(F.relu(expected) if relu else expected), positions(gradients[0]), *gradients[1:])
 

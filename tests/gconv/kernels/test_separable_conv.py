@@ -15,7 +15,15 @@ from gconv.functional.expansion import channels_last, from_group_major, to_group
 from gconv.kernels.dispatch import OVER_PIXELS
 from gconv.kernels.library import TensorLifetimeMode
 from gconv.system.errors import InputError
-from tests.gconv.kernels.comparing import as_defined, built, close, forms, kernel_of_pass, versions
+from tests.gconv.kernels.comparing import (
+    as_defined,
+    built,
+    close,
+    forms,
+    kernel_of_pass,
+    over_channels,
+    versions,
+)
 
 
 @st.composite
@@ -80,7 +88,7 @@ def test_maps_larger_than_a_cache(only, version, form, k, padding):
 
 
 @built
-@versions
+@over_channels
 def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
     only(version)
     monkeypatch.setattr(GConv2d, "runs_in_irreps", True)  # of any size
@@ -90,7 +98,7 @@ def test_a_full_filter_as_mixes_of_pixels(only, monkeypatch, version):
     def check(data):
         name, k = data.draw(st.sampled_from(GROUPS)), data.draw(st.integers(1, 4))
         o, i = (data.draw(st.integers(low, 4)) for low in (1, 2))
-        stride = data.draw(st.integers(1, 1 if version == OVER_PIXELS else 4))
+        stride = data.draw(st.integers(1, 4))
         padding, bias = data.draw(st.integers(0, k - 1)), data.draw(st.booleans())
         layer = GConv2d(i, o, k, stride=stride, padding=padding, bias=bias, group=name)
         side = data.draw(st.integers(k, 9))
