@@ -152,7 +152,7 @@ def mixes_pay(group: Group, shape: FilterShape) -> bool:
     return lanes in MIXES and mixes_over_expanded(group, shape, lanes) < CLEARLY
 
 
-MIXES = {16: (1.04, 4.2), 8: (1.26, 5.41)}
+MIXES = {16: (1.17, 1.53), 8: (0.94, 2.85)}
 """The constants of :func:`mixes_over_expanded` for AVX-512 and AVX2, by the number of floats of a vector.
 
 They are what ``benchmarks/dispatch_fit.py`` finds in its record. With other vectors full layers are always expanded,

@@ -68,7 +68,7 @@ class GConv2d(FullConvBase):
     Arguments and errors are those of :class:`LiftingConv2d`.
 
     A full filter is also a ``gc_in`` filter of rank ``k k``, whose spatial kernels select one pixel each. Run so, with
-    its group 1x1 mixing in the irreducible representations of the group, it can have less than half the
-    multiply-accumulates of the expanded filter. Then the compiled kernel runs it so. :meth:`macs` counts the expanded
-    filter in any case.
+    its group 1x1 mixing in the irreducible representations of the group, it can have a fraction of the
+    multiply-accumulates of the expanded filter. Where the compiled kernel is then clearly faster, it runs the layer so
+    (:func:`gconv.kernels.dispatch.mixes_pay`). :meth:`macs` counts the expanded filter in any case.
     """

@@ -33,34 +33,32 @@ def test_the_version_over_pixels_is_for_few_channels():
 def test_a_separable_layer_that_runs_dense_does_as_the_full_one(form):
     """Or a network converted to few parameters would be slower than its original."""
     torch.manual_seed(0)
-    layer = SeparableGConv2d(16, 17, 3, padding=1, group="p4m", form=form, rank=2, execution="dense")
+    layer = SeparableGConv2d(11, 12, 3, padding=1, group="p4m", form=form, rank=2, execution="dense")
     assert layer.runs_in_irreps
-    x = from_group_major(channels_last(torch.randn(2, 16 * 8, 6, 7)), 8)
+    x = from_group_major(channels_last(torch.randn(2, 88, 6, 7)), 8)
     assert kernel_of_pass(layer, x) is kernel_of_pass(layer.to_dense(), x)
-    assert as_defined(layer, x).shape == (2, 17, 8, 6, 7)
+    assert as_defined(layer, x).shape == (2, 12, 8, 6, 7)
     small = SeparableGConv2d(4, 4, 3, group="p4", form=form, execution="dense")
     assert not small.runs_in_irreps
     assert kernel_of_pass(small, map_for(small)) is None
 
 
 @pytest.mark.parametrize(
-    ("lanes", "smallest"),  # of each group and size of the kernel; None where no number of channels is large enough
+    ("lanes", "expected"),  # by the group: numbers of channels, and whether layers of so many run as mixes
     [
-        (16, {("p4", 3): 27, ("p4", 5): 73, ("p4m", 3): 9, ("p4m", 5): 24, ("p4m", 7): 47}),
-        (8, {("p4", 3): 51, ("p4m", 3): 16, ("p4m", 5): 37}),
-        (4, {("p4", 3): None, ("p4m", 3): None}),
-        (None, {("p4", 3): None, ("p4m", 3): None}),
+        (16, {"p4": {10: False, 16: True, 17: False, 32: True}, "p4m": {7: False, 8: True, 11: True, 23: True}}),
+        (8, {"p4": {10: False, 12: True, 16: True}, "p4m": {6: False, 8: True, 11: True, 23: True}}),
+        (4, {"p4": {128: False}, "p4m": {128: False}}),
+        (None, {"p4": {128: False}, "p4m": {128: False}}),
     ],
 )
-def test_large_full_layers_of_small_kernels_run_so(monkeypatch, lanes, smallest):
+@pytest.mark.parametrize("k", [3, 5, 7])
+def test_full_layers_run_as_mixes_where_vectors_are_well_filled(monkeypatch, lanes, expected, k):
     monkeypatch.setattr("gconv.kernels.dispatch.variants", lambda: {} if lanes is None else {1: lanes})
-    for (on, k), channels in smallest.items():
-        if channels is None:
-            assert not GConv2d(128, 128, k, group=on).runs_in_irreps
-            continue
-        assert not GConv2d(channels - 1, channels - 1, k, group=on).runs_in_irreps
-        assert GConv2d(channels, channels, k, group=on).runs_in_irreps
-    assert not GConv2d(100, 100, 3, group="z2").runs_in_irreps
+    for on, layers in expected.items():
+        for channels, runs in layers.items():
+            assert GConv2d(channels, channels, k, group=on).runs_in_irreps == runs
+    assert not GConv2d(100, 100, k, group="z2").runs_in_irreps
 
 
 @built
