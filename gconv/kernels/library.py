@@ -54,8 +54,8 @@ PRODUCT_ENTRIES = 12
 """The entries of a row of the table of products in ``csrc/layer.h``."""
 
 
-GRAIN = 1 << 19
-"""Multiply-accumulates that a thread must have to do; with fewer, fewer threads are used. They take about 20
+GRAIN = 320_000
+"""Multiply-accumulates that a thread must have to do; with fewer, fewer threads are used. They take about 12
 microseconds, several times what it takes to wake a thread and to wait for it."""
 
 
