@@ -319,7 +319,9 @@ def test_only_whole_networks_of_ours(networks, tmp_path, wrap):
 
 
 @pytest.mark.parametrize("kept", ["record", "resume"])
-@pytest.mark.parametrize("value", [Path("x"), lambda: None, torch.nn.ReLU(), {1, object()}], ids=["path", "function", "module", "set"])
+@pytest.mark.parametrize(
+    "value", [Path("x"), lambda: None, torch.nn.ReLU(), {1, object()}], ids=["path", "function", "module", "set"]
+)
 def test_records_that_would_not_load(networks, tmp_path, kept, value):
     with pytest.raises(InputError, match="record or resume holds objects that are not plain data"):
         save(networks["trained"], tmp_path / "net.pt", **{kept: {"note": [value]}})
