@@ -102,6 +102,8 @@ def few(digits, monkeypatch):
 
     sizes = {"train": 300, "validation": 60, "test": 60}
     data = dataclasses.replace(digits, **{name: first(getattr(digits, name), count) for name, count in sizes.items()})
+    # First the module that has its own name for it: imported later, it would keep the replacement.
+    monkeypatch.setattr("gconv.training.run.load_dataset", {"rotdigits": data}.__getitem__)
     monkeypatch.setattr(gconv.training.datasets, "load_dataset", {"rotdigits": data}.__getitem__)
     return data
 
