@@ -42,7 +42,7 @@ _MAX_INT = 2**31 - 1  # of a C int
 
 
 class _Product(NamedTuple):
-    """One of the matrix products that a mix consists of: a row of the table in ``csrc/separable_conv.c``."""
+    """One of the matrix products that a mix consists of: a row of the table in ``csrc/layer.h``."""
 
     read: int
     depth: int
